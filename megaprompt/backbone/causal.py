@@ -1,0 +1,141 @@
+"""A frozen causal language model that computes packed batches. Any transformers causal LM with 4D masks will do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from megaprompt.errors import MegapromptError
+from megaprompt.packing import PackedBatch, pack
+from megaprompt.template import Query, TextEncoder
+
+_WORD = "a"  # what stands before text that is encoded as a continuation
+
+
+class CausalBackbone(nn.Module):
+    """A causal language model without gradients or dropout, computed on packed batches.
+
+    `model` is the transformers model; `backbone(batch, prompts)` gives the logits at the batch's targets. Sharding
+    (`megaprompt.distributed.zero3`) hooks into this module, so callers need not know whether it is sharded.
+    """
+
+    default_template = "<3>[X]<3>[Y]"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.hidden_size: int = model.get_input_embeddings().embedding_dim
+        self.vocabulary_size: int = min(len(tokenizer), model.get_output_embeddings().out_features)
+        self.fingerprint = fingerprint(model)
+        self._targets: Tensor | None = None
+        # The output layer is by far the widest: feed it the targets, not every position. Going through the model's own
+        # head keeps whatever it does to the logits afterwards (scaling, soft caps).
+        model.get_output_embeddings().register_forward_pre_hook(self._select_targets)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def _select_targets(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._targets is None:
+            return None
+        return (inputs[0].flatten(0, 1).index_select(0, self._targets), *inputs[1:])
+
+    def forward(self, batch: PackedBatch, prompts: Tensor | None = None) -> Tensor:
+        """Logits [N targets, vocabulary] of a packed batch.
+
+        Args:
+            batch: see `megaprompt.packing`; on this backbone's device.
+            prompts: prompt matrix [P, hidden size] that the batch's pseudo tokens index; may require a gradient.
+        """
+        embeddings = self.model.get_input_embeddings()(batch.token_ids)  # [R, T, H]
+        if batch.pseudo_indices.numel():
+            if prompts is None:
+                raise ValueError("the batch has pseudo tokens, but no prompt matrix was given")
+            vectors = prompts.index_select(0, batch.pseudo_indices).to(embeddings.dtype)
+            embeddings = embeddings.flatten(0, 1).index_copy(0, batch.pseudo_positions, vectors).view_as(embeddings)
+        self._targets = batch.targets
+        try:
+            output = self.model(
+                inputs_embeds=embeddings,
+                attention_mask=batch.attention_mask(),
+                position_ids=batch.position_ids,
+                use_cache=False,
+            )
+        finally:
+            self._targets = None
+        return output.logits
+
+    # ---------------------------------------------------------------------------------------------------- tokenization
+
+    def encode(self, texts: Sequence[str], *, is_start: bool) -> list[list[int]]:
+        """Vocabulary ids of each text, without special tokens.
+
+        Text that does not start the sequence follows a word: it is encoded behind one, which gives the right
+        leading-space convention for every kind of tokenizer.
+        """
+        if not texts:
+            return []
+        if is_start:
+            return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        word = self.tokenizer(_WORD, add_special_tokens=False)["input_ids"]
+        both = self.tokenizer([f"{_WORD} {text.lstrip()}" for text in texts], add_special_tokens=False)["input_ids"]
+        for ids, text in zip(both, texts, strict=True):
+            if ids[: len(word)] != word:
+                raise MegapromptError(f"the tokenizer of {self.name} does not separate {text!r} from the word before it")
+        return [ids[len(word) :] for ids in both]
+
+    def text_encoder(self) -> TextEncoder:
+        """What `Template.render` needs: one text at a time, and the special token that starts every text, if any."""
+        plain = self.tokenizer(_WORD, add_special_tokens=False)["input_ids"]
+        special = self.tokenizer(_WORD)["input_ids"]
+        prefix = special[: special.index(plain[0])] if plain[0] in special else []
+        return TextEncoder(lambda text, is_start: self.encode([text], is_start=is_start)[0], tuple(prefix))
+
+    def single_tokens(self, words: Sequence[str]) -> list[int | None]:
+        """The id of each word in mid-sentence, or None where it is not exactly one known token."""
+        unknown = self.tokenizer.unk_token_id
+        ids = self.encode(words, is_start=False)
+        return [i[0] if len(i) == 1 and i[0] != unknown and i[0] < self.vocabulary_size else None for i in ids]
+
+    # ----------------------------------------------------------------------------------------------------------- check
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Compute three short queries packed and one by one, and compare.
+
+        Raises:
+            MegapromptError: the model ignores masks or positions (recurrent models, ALiBi), so packing is not exact.
+        """
+        queries = [Query(tokens, len(tokens) - 1) for tokens in ((11, 12, 13), (11, 12, 14, 15), (11, 16))]
+        together = self(pack(queries, row_tokens=64).to(self.device))
+        alone = torch.cat([self(pack([query], row_tokens=64).to(self.device)) for query in queries])
+        packed = pack(queries, row_tokens=64)
+        together = together[packed.target_of_query.to(self.device)].float()
+        error = (together - alone.float()).norm() / alone.float().norm()
+        tolerance = 0.05 if self.model.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        if not error < tolerance:
+            raise MegapromptError(
+                f"backbone {self.name} ({self.model.config.model_type}) computes packed queries wrongly (relative "
+                f"error {error:.1e}); it needs a transformer that takes 4D attention masks and position_ids"
+            )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Names the weights: a hash of every parameter's name, shape and 64 of its values, as bfloat16.
+
+    So it is the same in float32 and bfloat16, cheap, and different for two checkpoints of one architecture.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
+        digest.update(json.dumps([name, list(parameter.shape)]).encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

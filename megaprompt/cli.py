@@ -1,0 +1,179 @@
+"""The command line: `megaprompt COMMAND --help` tells the options. Every command is one Python call elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import megaprompt
+from megaprompt.errors import MegapromptError, UsageError
+
+_COMMANDS = {
+    "probe": "score manual prompts, learn prompts and score them, on a frozen language model",
+    "evaluate": "score saved prompts",
+    "ask": "ask the model about one subject with a saved prompt",
+    "report": "make the report of a run again",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 if interrupted."""
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    _quiet(debug)
+    try:
+        return _run(args)
+    except MegapromptError as error:
+        if debug:
+            raise
+        print(f"megaprompt: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("megaprompt: interrupted; continue with --resume", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"megaprompt: {what} (unexpected; --debug shows where)", file=sys.stderr)
+        return 1
+
+
+def _run(args: list[str]) -> int:
+    command = args[0] if args else "--help"
+    if command in ("-h", "--help"):
+        print("usage: megaprompt COMMAND [options]\n")
+        print("\n".join(f"  {name:10} {about}" for name, about in _COMMANDS.items()))
+        print("\nmegaprompt COMMAND --help tells a command's options; --debug shows tracebacks.")
+        return 0
+    if command == "--version":
+        print(f"megaprompt {megaprompt.__version__}")
+        return 0
+    if command not in _COMMANDS:
+        raise UsageError(f"{command}: no such command; choose from {', '.join(_COMMANDS)}")
+    # The heavy imports come after the cheap errors.
+    handlers: dict[str, Callable[[list[str]], None]] = {
+        "probe": _probe,
+        "evaluate": _evaluate,
+        "ask": _ask,
+        "report": _report,
+    }
+    handlers[command](args[1:])
+    return 0
+
+
+def _probe(args: list[str]) -> None:
+    from megaprompt.config import ProbeConfig, from_yaml, parse
+    from megaprompt.distributed.launch import join_world, leave_world
+    from megaprompt.probe import probe
+    from megaprompt.report import summary_table
+
+    default, args = _config_option(args)
+    config = parse(ProbeConfig, args, "megaprompt probe", default and from_yaml(ProbeConfig, default))
+    if config.resume and default is None and (saved := config.out / "config.yaml").exists():
+        config = parse(ProbeConfig, args, "megaprompt probe", from_yaml(ProbeConfig, saved))
+    world = join_world(force=config.deepspeed is not None)
+    try:
+        results = probe(config, world)
+    finally:
+        leave_world()
+    if world.is_main:
+        _print(summary_table(results))
+        print(f"results  {config.out / 'results.json'}\nreport   {config.out / 'report.html'}")
+
+
+def _config_option(args: list[str]) -> tuple[Path | None, list[str]]:
+    """Take `--config FILE` out of the arguments: its options are defaults for the others."""
+    for i, arg in enumerate(args):
+        if arg == "--config" and i + 1 < len(args):
+            return Path(args[i + 1]), args[:i] + args[i + 2 :]
+        if arg.startswith("--config="):
+            return Path(arg.removeprefix("--config=")), args[:i] + args[i + 1 :]
+    return None, args
+
+
+def _evaluate(args: list[str]) -> None:
+    from rich.table import Table
+
+    from megaprompt.config import EvaluateConfig, parse
+    from megaprompt.probe import evaluate
+    from megaprompt.run_directory import write_file
+
+    config = parse(EvaluateConfig, args, "megaprompt evaluate")
+    scores = evaluate(config)
+    if config.out is not None:
+        write_file(config.out, json.dumps(scores, indent=1, ensure_ascii=False).encode() + b"\n")
+    table = Table(title=f"{scores['data']}, {scores['split']}, among {scores['vocabulary']}")
+    for column in ("relation", "label", "facts", "P@1", "P@10", "MRR"):
+        table.add_column(column, justify="left" if column in ("relation", "label") else "right")
+    for name, row in scores["relations"].items():
+        table.add_row(name, row["label"], str(row["facts"]), *_percents(row))
+    table.add_section()
+    for name in ("macro", "micro"):
+        table.add_row(name, "", "", *_percents(scores[name]))
+    _print(table)
+
+
+def _percents(row: dict) -> list[str]:
+    return [f"{100 * row['p_at_1']:.1f}", f"{100 * row['p_at_10']:.1f}", f"{row['mrr']:.3f}"]
+
+
+def _ask(args: list[str]) -> None:
+    from megaprompt.config import AskConfig, parse
+    from megaprompt.probe import ask
+
+    config = parse(AskConfig, args, "megaprompt ask")
+    for answer, probability in ask(config):
+        print(f"{100 * probability:5.1f} %  {answer}")
+
+
+def _report(args: list[str]) -> None:
+    from megaprompt.config import ReportConfig, parse
+    from megaprompt.report import write_report
+
+    run = parse(ReportConfig, args, "megaprompt report").run
+    if not (run / "results.json").is_file():
+        raise UsageError(f"{run}: holds no results.json; give the directory of a run")
+    print(write_report(run))
+
+
+def _print(table: object) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)
+
+
+def _quiet(debug: bool) -> None:
+    """Say what matters: our own messages, and of the libraries only warnings that concern the user."""
+    main_rank = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.INFO if main_rank else logging.ERROR)
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        warnings.filterwarnings("ignore")
+        for name in ("deepspeed", "DeepSpeed", "transformers", "httpx", "torch", "huggingface_hub"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    except ImportError as error:
+        raise MegapromptError(f"torch cannot be imported ({error}); install the requirements") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Everything that a run can be told, as dataclasses: the command line, YAML files and Python calls all make these."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+from megaprompt.errors import UsageError
+from megaprompt.facts import Split
+from megaprompt.prompt_encoder import EncoderKind
+from megaprompt.training import RECIPES, Recipe
+
+Names = Annotated[
+    tuple[str, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="A,B,..",
+        instance_from_str=lambda args: tuple(name for name in args[0].split(",") if name),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda names: [",".join(names)],
+    ),
+]
+"""Several names, separated by commas on the command line."""
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+METHODS = ("manual", "p-tuning")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Measure what a frozen language model knows: score hand-written prompts, learn prompts, and score them."""
+
+    backbone: str = "smollm2-135m"
+    """The frozen model: smollm2-135m (packaged), a transformers name or directory, or a .gguf file."""
+    data: str = "geonames"
+    """geonames (packaged), or a directory in the LAMA layout."""
+    out: Path = Path("runs/probe")
+    """Directory of this run. It must not hold another run."""
+    methods: Names = METHODS
+    """What to compare: manual, p-tuning. The majority object is always reported beside them."""
+    relations: Names = ()
+    """Wikidata ids such as P36,P30. All relations of the data if not given."""
+    vocab: str = "auto"
+    """Allowed answers: a file with one word a line, `none` for all tokens, or `auto`: the data's own file, if any."""
+    limit_facts: int | None = None
+    """Use at most so many facts per relation and split: the first after a shuffle that depends on the seed."""
+    template: str | None = None
+    """Template of the learned prompts. <3>[X]<3>[Y] if not given, as in the paper for causal models."""
+    encoder: EncoderKind = "lstm"
+    """Prompt encoder: lstm (the paper's), mlp, or none (the vectors themselves are trained)."""
+    recipe: Literal["fast", "paper"] = "fast"
+    """Preset of the six options that follow. `paper` takes what the paper's code sets and is much slower."""
+    learning_rate: float | None = None
+    """Adam's learning rate."""
+    weight_decay: float | None = None
+    """Adam's weight decay."""
+    batch_size: int | None = None
+    """Facts per relation and step."""
+    max_epochs: int | None = None
+    """Train each relation for at most so many epochs."""
+    max_steps: int | None = None
+    """Train each relation for at most so many steps; the learning rate then falls linearly to zero."""
+    patience: int | None = None
+    """Stop a relation after so many epochs without a better P@1 on dev."""
+    seed: int = 0
+    """Everything random follows from this number."""
+    dtype: Dtype | None = None
+    """Of the backbone. float32 on a CPU, bfloat16 on a GPU if not given; prompts are always trained in float32."""
+    deepspeed: Path | None = None
+    """DeepSpeed configuration (see ds_configs/): shard the backbone over the ranks. Plain PyTorch if not given."""
+    row_tokens: int = 256
+    """Width of packed rows. Changes speed and memory, not results."""
+    pass_tokens: int = 1024
+    """Tokens that the backbone computes at once on each rank. Changes speed and memory, not results."""
+    resume: bool = False
+    """Continue the interrupted run in the directory --out, with the options that it was started with."""
+
+    def training_recipe(self) -> Recipe:
+        """The recipe that `recipe` names, with the options that were given put in.
+
+        Raises:
+            UsageError: a value makes no sense.
+        """
+        names = ("learning_rate", "weight_decay", "batch_size", "max_epochs", "max_steps", "patience")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        for name, value in given.items():
+            if value < 0 or (value == 0 and name != "weight_decay"):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+        return dataclasses.replace(RECIPES[self.recipe], **given)
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise UsageError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
+        for name in ("limit_facts", "row_tokens", "pass_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score saved prompts on facts."""
+
+    prompts: Path
+    """A run, or a directory of *.safetensors prompts."""
+    backbone: str | None = None
+    """The model that the prompts were learned on; its name is in the prompts if not given."""
+    data: str | None = None
+    """Facts to score on; those that the prompts were learned with if not given."""
+    split: Split = "test"
+    """Which of the data's splits to score."""
+    relations: Names = ()
+    """Wikidata ids; all for which there are prompts if not given."""
+    vocab: str = "auto"
+    """Allowed answers: a file with one word a line, `none` for all tokens, or `auto`: the data's own file, if any."""
+    limit_facts: int | None = None
+    """Use at most so many facts per relation: the first after a shuffle that depends on the seed."""
+    seed: int = 0
+    """For --limit-facts."""
+    dtype: Dtype | None = None
+    """Of the backbone. float32 on a CPU, bfloat16 on a GPU if not given."""
+    out: Path | None = None
+    """Also write the scores to this JSON file."""
+
+
+@dataclass(frozen=True)
+class AskConfig:
+    """Ask the frozen model about one subject, with a saved prompt."""
+
+    subject: tyro.conf.Positional[str]
+    """What to ask about, such as "Denmark"."""
+    prompts: Path
+    """A run, or a directory of *.safetensors prompts."""
+    relation: str | None = None
+    """Wikidata id, such as P36; may be left out if there is only one prompt."""
+    top: int = 5
+    """How many answers to print."""
+    backbone: str | None = None
+    """The model that the prompts were learned on; its name is in the prompts if not given."""
+    dtype: Dtype | None = None
+    """Of the backbone. float32 on a CPU, bfloat16 on a GPU if not given."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Make the report of a finished or unfinished run again."""
+
+    run: tyro.conf.Positional[Path]
+    """Directory of the run."""
+
+
+C = TypeVar("C")
+
+
+def parse(config: type[C], args: Sequence[str], prog: str, default: C | None = None) -> C:
+    """Read a configuration from command line arguments.
+
+    Raises:
+        UsageError: the arguments do not fit, with the parser's explanation in one line.
+        SystemExit: with code 0, after --help.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            return tyro.cli(config, prog=prog, args=list(args), config=(tyro.conf.FlagCreatePairsOff,), **extra)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            print(out.getvalue(), end="")
+            raise
+        text = [re.sub(r"[╭╮╰╯│─]+", "", line).strip() for line in (err.getvalue() or out.getvalue()).splitlines()[1:]]
+        reason = " ".join(line for line in text if line)
+        raise UsageError(re.sub(r"For full helptext, (run|see)", "See", reason)) from None
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration as YAML text; `from_yaml` reads it back."""
+    values = dataclasses.asdict(config)
+    plain = {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def from_yaml(config: type[C], path: Path) -> C:
+    """Read a configuration from a YAML file, checked like command line options.
+
+    Raises:
+        UsageError: the file cannot be read, or has unknown keys or wrong values.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected `option: value` lines")
+    args: list[str] = []
+    for key, value in values.items():
+        flag = f"--{str(key).replace('_', '-')}"
+        if isinstance(value, bool):
+            args += [flag] if value else []
+        elif value is not None:
+            args += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    try:
+        return parse(config, args, prog=str(path))
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error

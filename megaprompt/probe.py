@@ -1,0 +1,585 @@
+"""Probing: score manual prompts, learn prompts, score them, and write everything down. One call does the whole job.
+
+    from megaprompt.config import ProbeConfig
+    from megaprompt.probe import probe
+    results = probe(ProbeConfig(relations=("P36", "P30"), out=Path("runs/two")))
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import random
+import resource
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaprompt import __version__
+from megaprompt.backbone import CausalBackbone, load_backbone
+from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig
+from megaprompt.distributed.launch import World, join_world
+from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.evaluation import PassSize, Predictions, metrics, predict, summarize
+from megaprompt.facts import SPLITS, Data, Fact, Relation, Split, load_data, read_vocabulary
+from megaprompt.progress import progress
+from megaprompt.prompt_encoder import seed_of
+from megaprompt.report import write_report
+from megaprompt.run_directory import RunDirectory, SavedPrompt, load_prompts
+from megaprompt.template import Template
+from megaprompt.training import Examples, Hooks, Learned, Task, Trainer
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT_SECONDS = 60.0  # between checkpoints, and at least 20 times as long as writing one takes
+
+NOT_ONE_TOKEN = "object is not one token"
+NOT_IN_VOCABULARY = "object is not in the vocabulary"
+OVER_THE_LIMIT = "over the limit"
+
+
+# ----------------------------------------------------------------------------------------------- facts for one backbone
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens that count as answers."""
+
+    name: str
+    allowed: Tensor  # bool [vocabulary]
+
+
+@dataclass(frozen=True)
+class UsableRelation:
+    """A relation with the facts that can be scored on one backbone: the object is one allowed token."""
+
+    relation: Relation
+    facts: dict[Split, list[Fact]]
+    objects: dict[Split, list[int]]  # token ids, for each fact
+    left_out: dict[str, int]  # reason -> facts
+
+    def examples(self, split: Split, template: Template, backbone: CausalBackbone) -> Examples:
+        encoder = backbone.text_encoder()
+        return Examples([template.render(f.subject, encoder) for f in self.facts[split]], self.objects[split])
+
+    def majority(self) -> int | None:
+        """The most frequent object among the training facts; None without training facts."""
+        counts = Counter(self.objects["train"])
+        return min(counts, key=lambda token: (-counts[token], token)) if counts else None
+
+
+def load_vocabulary(option: str, data: Data, backbone: CausalBackbone) -> Vocabulary:
+    """The allowed tokens that the option --vocab names: a file, `none`, or `auto`.
+
+    Raises:
+        UsageError: the file cannot be read, or none of its words is one token.
+    """
+    path = data.vocabulary if option == "auto" else None if option == "none" else Path(option)
+    if path is None:
+        return Vocabulary("all tokens", torch.ones(backbone.vocabulary_size, dtype=torch.bool))
+    ids = [token for token in backbone.single_tokens(read_vocabulary(path)) if token is not None]
+    if not ids:
+        raise UsageError(f"--vocab {path}: none of its words is one token of {backbone.name}; give another file")
+    allowed = torch.zeros(backbone.vocabulary_size, dtype=torch.bool)
+    allowed[ids] = True
+    return Vocabulary(path.name, allowed)
+
+
+def usable_relation(
+    relation: Relation, backbone: CausalBackbone, vocabulary: Vocabulary, limit: int | None, seed: int
+) -> UsableRelation:
+    """Leave out, and count, the facts that cannot be scored or are over the limit."""
+    facts: dict[Split, list[Fact]] = {}
+    objects: dict[Split, list[int]] = {}
+    left_out = dict.fromkeys((NOT_ONE_TOKEN, NOT_IN_VOCABULARY, OVER_THE_LIMIT), 0)
+    for split in SPLITS:
+        tokens = backbone.single_tokens([fact.object for fact in relation.facts[split]])
+        kept = []
+        for fact, token in zip(relation.facts[split], tokens, strict=True):
+            if token is None:
+                left_out[NOT_ONE_TOKEN] += 1
+            elif not vocabulary.allowed[token]:
+                left_out[NOT_IN_VOCABULARY] += 1
+            else:
+                kept.append((fact, token))
+        if limit is not None and len(kept) > limit:
+            random.Random(seed_of(seed, relation.id, split, "limit")).shuffle(kept)
+            left_out[OVER_THE_LIMIT] += len(kept) - limit
+            kept = kept[:limit]
+        facts[split] = [fact for fact, _ in kept]
+        objects[split] = [token for _, token in kept]
+    return UsableRelation(relation, facts, objects, left_out)
+
+
+def usable_relations(
+    data: Data,
+    backbone: CausalBackbone,
+    vocabulary: Vocabulary,
+    *,
+    names: Sequence[str],
+    splits: Sequence[Split],
+    limit: int | None,
+    seed: int,
+) -> dict[str, UsableRelation]:
+    """The relations that are asked for (all if no names), with usable facts in all of `splits`.
+
+    Raises:
+        UsageError: a relation is unknown.
+        MegapromptError: a relation that was asked for has no facts in the data or none that is usable, or none has.
+    """
+    for name in names:
+        if name not in data.relations:
+            raise UsageError(f"--relations {name}: not in {data.name}, which has {', '.join(data.relations)}")
+    usable: dict[str, UsableRelation] = {}
+    for name in names or data.relations:
+        relation = data.relations[name]
+        found = usable_relation(relation, backbone, vocabulary, limit, seed)
+        missing = [split for split in splits if not found.facts[split]]
+        if not missing:
+            usable[name] = found
+            continue
+        count = sum(len(relation.facts[split]) for split in missing)
+        why = (
+            f"none of its {count} facts in {'/'.join(missing)} has an object that is one allowed token of "
+            f"{backbone.name} ({vocabulary.name})"
+            if count
+            else f"it has no facts in {'/'.join(missing)}"
+        )
+        if names or not count:
+            raise MegapromptError(f"relation {name} of {data.name}: {why}; add facts or leave it out with --relations")
+        logger.warning("relation %s is left out: %s", name, why)
+    if not usable:
+        raise MegapromptError(
+            f"no relation of {data.name} has an object in the vocabulary {vocabulary.name} as one token of "
+            f"{backbone.name}; choose another --vocab or --backbone"
+        )
+    return usable
+
+
+# ------------------------------------------------------------------------------------------------------------- the job
+
+
+def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
+    """Run or resume a probe; returns what is in results.json.
+
+    Raises:
+        UsageError: an option cannot work.
+        MegapromptError: something in the data, on the disk or in training went wrong.
+    """
+    recipe = config.training_recipe()
+    template = Template.parse(config.template or CausalBackbone.default_template)
+    deepspeed_config = None
+    if config.deepspeed is not None:
+        from megaprompt.distributed.zero3 import read_deepspeed_config
+
+        deepspeed_config = read_deepspeed_config(config.deepspeed)
+    data = load_data(config.data)
+    world = world or join_world(force=deepspeed_config is not None)
+    run = RunDirectory.open(config) if world.is_main else RunDirectory(config.out)
+    results = run.read_results() if config.resume else {}
+    if results.get("complete"):
+        logger.info("%s is complete; nothing to resume", run.path)
+        return results
+
+    backbone = load_backbone(config.backbone, dtype_of(config.dtype, world.device), world.device)
+    parameters = sum(p.numel() for p in backbone.parameters())
+    if deepspeed_config is not None:
+        from megaprompt.distributed.zero3 import shard
+
+        engine = shard(backbone, deepspeed_config)  # noqa: F841 (must outlive the passes)
+    backbone.check_packing()
+    vocabulary = load_vocabulary(config.vocab, data, backbone)
+    learns = "p-tuning" in config.methods
+    relations = usable_relations(
+        data,
+        backbone,
+        vocabulary,
+        names=config.relations,
+        splits=SPLITS if learns else ("test",),
+        limit=config.limit_facts,
+        seed=config.seed,
+    )
+    if not results:
+        results = {
+            "format": 1,
+            "complete": False,
+            "megaprompt": __version__,
+            "backbone": {
+                "name": backbone.name,
+                "fingerprint": backbone.fingerprint,
+                "dtype": str(backbone.model.dtype).removeprefix("torch."),
+                "hidden_size": backbone.hidden_size,
+                "parameters": parameters,
+            },
+            "data": _describe(data, vocabulary, relations),
+            "methods": {"majority": _majority(relations)},
+            "environment": _environment(world),
+            "timing": {},
+        }
+    job = _Job(config, world, run, backbone, vocabulary, relations, results, PassSize(config.row_tokens, config.pass_tokens))
+    if "manual" in config.methods and "manual" not in results["methods"]:
+        job.manual()
+    if learns and "p-tuning" not in results["methods"]:
+        trainer = Trainer(
+            backbone,
+            [
+                Task(name, template.num_pseudo_tokens, *(r.examples(s, template, backbone) for s in ("train", "dev")))
+                for name, r in relations.items()
+            ],
+            recipe,
+            encoder=config.encoder,
+            seed=config.seed,
+            size=job.size,
+            world=world,
+        )
+        job.p_tuning(template, job.learn(trainer, data))
+    results["complete"] = True
+    job.save()
+    world.barrier()
+    return results
+
+
+def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
+    """The backbone's data type: the named one, else float32 on a CPU and bfloat16 on a GPU."""
+    return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
+
+
+@dataclass
+class _Job:
+    """The parts of a run, handed to each method."""
+
+    config: ProbeConfig
+    world: World
+    run: RunDirectory
+    backbone: CausalBackbone
+    vocabulary: Vocabulary
+    relations: dict[str, UsableRelation]
+    results: dict[str, Any]
+    size: PassSize
+
+    def save(self) -> None:
+        """Write the results so far, and the report."""
+        self.results["peak_memory_bytes"] = _peak_memory(self.world)
+        if self.world.is_main:
+            self.run.write_results(self.results)
+            write_report(self.run.path)
+
+    def manual(self) -> None:
+        """Score the prompts that came with the data."""
+        start = time.monotonic()
+        templates = {}
+        for name, usable in self.relations.items():
+            if usable.relation.template is None:
+                raise MegapromptError(
+                    f"relation {name} has no manual prompt: add it to relations.jsonl, or use --methods p-tuning"
+                )
+            templates[name] = Template.parse(usable.relation.template)
+        rows = {}
+        for name, template in templates.items():
+            dev = self.score(name, template, None, "dev").rank
+            rows[name] = self._row(name, template, dev_p_at_1=metrics(dev)["p_at_1"] if len(dev) else None)
+        self.finish("manual", rows, {name: self.score(name, t, None, "test") for name, t in templates.items()}, start)
+
+    def learn(self, trainer: Trainer, data: Data) -> dict[str, Learned]:
+        """Train prompts, with checkpoints, log and progress; saves the best of each relation."""
+        run, world = self.run, self.world
+        state = run.load_checkpoint() if self.config.resume else None
+        if state is not None:
+            trainer.load_state_dict(state["trainer"])
+            self.results["timing"]["training_seconds"] = state["seconds"]
+        before = self.results["timing"].get("training_seconds", 0.0)
+        start = saved = time.monotonic()
+        pause = _CHECKPOINT_SECONDS
+        if world.is_main:
+            run.truncate_log(state["log_size"] if state is not None else 0)
+
+        def log(line: dict[str, Any]) -> None:
+            if world.is_main:
+                run.append_log(line)
+                for name in ("train_loss", "dev_p_at_1", "dev_mrr"):
+                    board.add_scalar(f"{name}/{line['relation']}", line[name], line["step"])
+
+        def after_step(stopping: bool) -> None:
+            nonlocal saved, pause
+            if world.is_main and (stopping or time.monotonic() - saved > pause):
+                state = {"trainer": trainer.state_dict(), "log_size": run.log_size()}
+                took = run.save_checkpoint({**state, "seconds": before + time.monotonic() - start})
+                saved, pause = time.monotonic(), max(_CHECKPOINT_SECONDS, 20 * took)
+            if stopping:
+                world.barrier()  # whoever leaves first must not get the writer killed
+
+        board = _tensorboard(run.path / "tensorboard", trainer.step) if world.is_main else None
+        with _stop_signals() as should_stop, progress("p-tuning", trainer.facts()[1], world.is_main) as update:
+            hooks = Hooks(log, lambda done, total, step: update(done, total), should_stop, after_step)
+            learned = trainer.train(self.vocabulary.allowed, hooks)
+            after_step(stopping=False)
+        if board is not None:
+            board.close()
+        self.results["timing"]["training_seconds"] = before + time.monotonic() - start
+        if world.is_main:
+            for name, found in learned.items():
+                SavedPrompt(
+                    relation=name,
+                    template=self.config.template or CausalBackbone.default_template,
+                    backbone=self.backbone.name,
+                    fingerprint=self.backbone.fingerprint,
+                    data=self.config.data,
+                    vectors=found.prompts,
+                    label=self.relations[name].relation.label,
+                    dev_p_at_1=found.dev["p_at_1"],
+                ).save(run.path / "prompts" / f"{name}.safetensors")
+        return learned
+
+    def p_tuning(self, template: Template, learned: Mapping[str, Learned]) -> None:
+        """Score learned prompts on test."""
+        start = time.monotonic()
+        rows, predictions = {}, {}
+        for name, found in learned.items():
+            rows[name] = self._row(name, template, dev_p_at_1=found.dev["p_at_1"], epochs=found.epochs)
+            predictions[name] = self.score(name, template, found.prompts.to(self.backbone.device), "test")
+        self.finish("p-tuning", rows, predictions, start)
+
+    def score(self, name: str, template: Template, prompts: Tensor | None, split: Split) -> Predictions:
+        """Rank the facts of one split of a relation with one prompt."""
+        examples = self.relations[name].examples(split, template, self.backbone)
+        return predict(
+            self.backbone,
+            examples.queries,
+            examples.objects,
+            prompts,
+            allowed=self.vocabulary.allowed,
+            world=self.world,
+            size=self.size,
+            top=10 if split == "test" else 0,
+        )
+
+    def _row(self, name: str, template: Template, **more: Any) -> dict[str, Any]:
+        usable = self.relations[name]
+        row = {"type": usable.relation.type, "facts": len(usable.facts["test"]), "epochs": None}
+        return {**row, "template": template.text, **more}
+
+    def finish(
+        self, method: str, rows: dict[str, dict[str, Any]], predictions: Mapping[str, Predictions], start: float
+    ) -> None:
+        """Write down a method's scores and predictions."""
+        for name, found in predictions.items():
+            rows[name] |= metrics(found.rank)
+        self.results["methods"][method] = {"relations": rows, **summarize(rows)}
+        self.results["timing"][method] = {"seconds": time.monotonic() - start}
+        if self.world.is_main:
+            for name, found in predictions.items():
+                kept = [line for line in self.run.read_predictions(name) if line["method"] != method]
+                facts = self.relations[name].facts["test"]
+                self.run.write_predictions(name, [*kept, *prediction_lines(method, facts, found, self.backbone)])
+        self.save()
+
+
+def prediction_lines(
+    method: str, facts: Sequence[Fact], found: Predictions, backbone: CausalBackbone
+) -> Iterator[dict[str, Any]]:
+    """One JSON-ready line per fact: its rank, probability, and the best answers."""
+    for i, fact in enumerate(facts):
+        answers = zip(found.top_tokens[i].tolist(), found.top_log_probability[i].exp().tolist(), strict=True)
+        yield {
+            "method": method,
+            "subject": fact.subject,
+            "object": fact.object,
+            "rank": int(found.rank[i]),
+            "probability": found.log_probability[i].exp().item(),
+            "top": [[backbone.tokenizer.decode([token]).strip(), round(p, 6)] for token, p in answers],
+        }
+
+
+def _majority(relations: Mapping[str, UsableRelation]) -> dict[str, Any]:
+    """The baseline that always answers the most frequent training object: what a learned prior alone would score."""
+    rows = {}
+    for name, usable in relations.items():
+        token = usable.majority()
+
+        def share(split: Split, usable: UsableRelation = usable, token: int | None = token) -> float | None:
+            objects = usable.objects[split]
+            return sum(o == token for o in objects) / len(objects) if objects and token is not None else None
+
+        facts = len(usable.facts["test"])
+        row = {"type": usable.relation.type, "facts": facts, "epochs": None, "p_at_10": None, "mrr": None}
+        rows[name] = row | {"p_at_1": share("test"), "dev_p_at_1": share("dev")}
+    return {"relations": rows, **summarize(rows)}
+
+
+def _describe(data: Data, vocabulary: Vocabulary, relations: Mapping[str, UsableRelation]) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "vocabulary": {"name": vocabulary.name, "tokens": int(vocabulary.allowed.sum())},
+        "relations": {
+            name: {
+                "label": usable.relation.label,
+                "type": usable.relation.type,
+                "template": usable.relation.template,
+                "facts": {split: len(usable.facts[split]) for split in SPLITS},
+                "left_out": usable.left_out,
+            }
+            for name, usable in relations.items()
+        },
+    }
+
+
+def _environment(world: World) -> dict[str, Any]:
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine()
+    return {
+        "megaprompt": __version__,
+        "python": platform.python_version(),
+        **packages,
+        "world_size": world.size,
+        "devices": [f"{world.device.type} ({device})"] * world.size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _peak_memory(world: World) -> list[int]:
+    """Peak resident memory of each rank's process in bytes."""
+    peaks = torch.zeros(world.size, dtype=torch.int64)
+    peaks[world.rank] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return world.sum_(peaks).tolist()
+
+
+def _tensorboard(path: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(path), purge_step=step)  # events after `step` belong to steps that are taken again
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Any]:
+    """Ctrl-C or SIGTERM once: stop after the current step, with a checkpoint. A second time: at once."""
+    asked = False
+
+    def handler(number: int, _: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        logger.warning("stopping after this step (%s); once more to stop at once", signal.Signals(number).name)
+
+    try:
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, as in a notebook's worker: signals are the caller's business
+        before = {}
+    try:
+        yield lambda: asked
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+# ------------------------------------------------------------------------------------------------- with saved prompts
+
+
+def _backbone_for(prompts: Mapping[str, SavedPrompt], name: str | None, dtype: str | None) -> CausalBackbone:
+    """The backbone that all of the prompts were learned on.
+
+    Raises:
+        MegapromptError: a prompt was learned on another one.
+    """
+    world = World(device=torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
+    specs = sorted({prompt.backbone for prompt in prompts.values()})
+    backbone = load_backbone(name or specs[0], dtype_of(dtype, world.device), world.device)
+    for prompt in prompts.values():
+        if prompt.fingerprint != backbone.fingerprint:
+            raise MegapromptError(
+                f"{prompt.path}: learned on {prompt.backbone} (weights {prompt.fingerprint}), not on {backbone.name} "
+                f"(weights {backbone.fingerprint}); give --backbone {prompt.backbone}"
+            )
+    return backbone
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Score saved prompts; returns scores in the form of one method of results.json.
+
+    Raises:
+        UsageError: there are no such prompts, relations or facts.
+        MegapromptError: a prompt belongs to another backbone.
+    """
+    prompts = load_prompts(config.prompts)
+    for name in config.relations:
+        if name not in prompts:
+            raise UsageError(f"--relations {name}: no prompt in {config.prompts}, which has {', '.join(prompts)}")
+    prompts = {name: prompts[name] for name in config.relations or prompts}
+    data = load_data(config.data or next(iter(prompts.values())).data)
+    backbone = _backbone_for(prompts, config.backbone, config.dtype)
+    vocabulary = load_vocabulary(config.vocab, data, backbone)
+    relations = usable_relations(
+        data,
+        backbone,
+        vocabulary,
+        names=tuple(prompts),
+        splits=(config.split,),
+        limit=config.limit_facts,
+        seed=config.seed,
+    )
+    rows = {}
+    with progress("evaluate", sum(len(r.facts[config.split]) for r in relations.values())) as update:
+        done = 0
+        for name, usable in relations.items():
+            template = Template.parse(prompts[name].template)
+            examples = usable.examples(config.split, template, backbone)
+            vectors = prompts[name].vectors.to(backbone.device)
+            found = predict(
+                backbone,
+                examples.queries,
+                examples.objects,
+                vectors,
+                allowed=vocabulary.allowed,
+                world=World(device=backbone.device),
+                size=PassSize(),
+            )
+            rows[name] = {
+                "label": usable.relation.label,
+                "type": usable.relation.type,
+                "facts": len(examples),
+                "template": template.text,
+                **metrics(found.rank),
+            }
+            done += len(examples)
+            update(done)
+    return {"split": config.split, "data": data.name, "vocabulary": vocabulary.name, "relations": rows, **summarize(rows)}
+
+
+def ask(config: AskConfig) -> list[tuple[str, float]]:
+    """The best answers about one subject, with their probabilities among all tokens.
+
+    Raises:
+        UsageError: there is no prompt for the relation.
+        MegapromptError: the prompt belongs to another backbone.
+    """
+    prompts = load_prompts(config.prompts)
+    if config.relation is None and len(prompts) > 1:
+        raise UsageError(f"--relation: choose one of {', '.join(prompts)}")
+    name = config.relation or next(iter(prompts))
+    if name not in prompts:
+        raise UsageError(f"--relation {name}: no prompt in {config.prompts}, which has {', '.join(prompts)}")
+    prompt = prompts[name]
+    backbone = _backbone_for({name: prompt}, config.backbone, config.dtype)
+    query = Template.parse(prompt.template).render(config.subject, backbone.text_encoder())
+    found = predict(
+        backbone,
+        [query],
+        [0],
+        prompt.vectors.to(backbone.device),
+        allowed=torch.ones(backbone.vocabulary_size, dtype=torch.bool),
+        world=World(device=backbone.device),
+        size=PassSize(),
+        top=config.top,
+    )
+    answers = [backbone.tokenizer.decode([token]).strip() for token in found.top_tokens[0].tolist()]
+    return list(zip(answers, found.top_log_probability[0].exp().tolist(), strict=True))

