@@ -200,6 +200,7 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
     backbone.check_packing()
     vocabulary = load_vocabulary(config.vocab, data, backbone)
     learns = "p-tuning" in config.methods
+    template.render("subject", backbone.text_encoder())  # finds a template that does not suit the backbone
     relations = usable_relations(
         data,
         backbone,
@@ -209,6 +210,8 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
         limit=config.limit_facts,
         seed=config.seed,
     )
+    if world.is_main and not config.resume:  # everything that can be wrong from the start has been checked
+        run.write_config(config)
     if not results:
         results = {
             "format": 1,

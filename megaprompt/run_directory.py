@@ -58,14 +58,14 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 class RunDirectory:
-    """The directory of one run, opened for writing by the main rank and for reading by the others."""
+    """The directory of one run. Only the main rank writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
     def open(cls, config: ProbeConfig) -> RunDirectory:
-        """Start a run, or go on with it.
+        """The directory for a new run, or of one to go on with. Nothing is written yet.
 
         Raises:
             UsageError: the directory holds another run, or there is nothing to resume, or with other options.
@@ -76,7 +76,6 @@ class RunDirectory:
             if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
                 what = "holds another run" if saved.exists() else "is not empty"
                 raise UsageError(f"--out {run.path} {what}; choose another directory, or continue it with --resume")
-            write_file(saved, to_yaml(dataclasses.replace(config, resume=False)).encode())
             return run
         if not saved.exists():
             raise UsageError(f"--resume: {run.path} holds no run (no config.yaml); start one without --resume")
@@ -87,6 +86,9 @@ class RunDirectory:
                 flag = f"--{field.name.replace('_', '-')}"
                 raise UsageError(f"--resume: {run.path} was started with {flag} {old}, not {new}; leave {flag} out")
         return run
+
+    def write_config(self, config: ProbeConfig) -> None:
+        write_file(self.path / "config.yaml", to_yaml(dataclasses.replace(config, resume=False)).encode())
 
     # --------------------------------------------------------------------------------------------------------- results
 

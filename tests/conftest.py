@@ -50,11 +50,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def make_model(kind: str, vocabulary: int, seed: int = 0):
     torch.manual_seed(seed)
     if kind == "gpt2":
-        config = GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=vocabulary, n_positions=64)
+        config = GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=vocabulary, n_positions=64, initializer_range=0.2)
         return GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
     config = LlamaConfig(
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=64,
-        vocab_size=vocabulary, max_position_embeddings=64, tie_word_embeddings=True,
+        vocab_size=vocabulary, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
     )  # fmt: skip
     return LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
 

@@ -1,0 +1,310 @@
+"""The whole job from the command line, on a small random model: results, errors, interruption."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from megaprompt.config import ProbeConfig, from_yaml, parse, to_yaml
+from megaprompt.errors import UsageError
+from megaprompt.run_directory import SavedPrompt, load_prompts
+from tests.conftest import make_model, run_cli, write_facts
+
+QUICK = ("--learning-rate", "0.03", "--max-epochs", "3")
+
+
+@pytest.fixture
+def probe(backbone_directory, data_directory, tmp_path):
+    """Run `megaprompt probe` on the small model and data, in this process; returns the exit code."""
+    from megaprompt.cli import main
+
+    def run(*args: object, out="run") -> int:
+        where = ("--backbone", backbone_directory, "--data", data_directory, "--out", tmp_path / out)
+        return main(["probe", *map(str, (*where, *QUICK, *args))])
+
+    return run
+
+
+def test_a_run_has_all_its_files(probe, tmp_path, capsys):
+    assert probe() == 0
+    run = tmp_path / "run"
+    results = json.loads((run / "results.json").read_text())
+    assert results["complete"]
+    assert set(results["methods"]) == {"majority", "manual", "p-tuning"}
+    for method in results["methods"].values():
+        assert set(method["relations"]) == {"P36", "P30"}
+        rows = method["relations"].values()
+        assert method["macro"]["p_at_1"] == pytest.approx(sum(row["p_at_1"] for row in rows) / 2)
+    assert results["methods"]["majority"]["relations"]["P30"]["p_at_1"] == pytest.approx(5 / 9)
+    assert results["methods"]["p-tuning"]["relations"]["P36"]["epochs"] == 3
+    assert results["peak_memory_bytes"][0] > 1 << 20
+    assert from_yaml(ProbeConfig, run / "config.yaml").max_epochs == 3
+
+    predictions = [json.loads(line) for line in (run / "predictions" / "P36.jsonl").read_text().splitlines()]
+    assert [p["method"] for p in predictions] == ["manual"] * 13 + ["p-tuning"] * 13
+    learned = [p for p in predictions if p["method"] == "p-tuning"]
+    score = results["methods"]["p-tuning"]["relations"]["P36"]["p_at_1"]
+    assert sum(p["rank"] == 1 for p in learned) / 13 == pytest.approx(score)
+    assert all((p["top"][0][0] == p["object"]) == (p["rank"] == 1) for p in learned)
+
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 6
+    assert list((run / "tensorboard").iterdir())
+    assert "P36" in (run / "report.html").read_text()
+    assert "macro" in capsys.readouterr().out
+
+
+def test_saved_prompts_score_the_same_and_answer(probe, tmp_path, capsys):
+    from megaprompt.cli import main
+
+    assert probe() == 0
+    out = tmp_path / "scores.json"
+    assert main(["evaluate", "--prompts", str(tmp_path / "run"), "--out", str(out)]) == 0
+    scores = json.loads(out.read_text())
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for name, row in scores["relations"].items():
+        for metric in ("p_at_1", "p_at_10", "mrr"):
+            assert row[metric] == results["methods"]["p-tuning"]["relations"][name][metric]
+    capsys.readouterr()
+    assert main(["ask", "--prompts", str(tmp_path / "run"), "--relation", "P36", "Japan", "--top", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    predictions = [json.loads(line) for line in (tmp_path / "run" / "predictions" / "P36.jsonl").read_text().splitlines()]
+    expected = next(p for p in predictions if p["method"] == "p-tuning" and p["subject"] == "Japan")["top"]
+    assert [line.split("%")[1].strip() for line in lines] == [token for token, _ in expected[:3]]
+
+
+def test_options_bound_the_run(probe, tmp_path):
+    assert probe("--relations", "P36", "--limit-facts", "4", "--methods", "p-tuning", "--max-epochs", "1") == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    about = results["data"]["relations"]
+    assert list(about) == ["P36"]
+    assert about["P36"]["facts"] == {"train": 4, "dev": 4, "test": 4}
+    assert about["P36"]["left_out"]["over the limit"] == 27
+    assert "manual" not in results["methods"]
+
+
+def test_objects_that_are_not_one_token_are_counted(probe, data_directory, tmp_path):
+    path = data_directory / "trex" / "test" / "P36.jsonl"
+    write_facts(path, [("Peru", "Lima"), ("Bolivia", "La Paz"), ("Nepal", "Kathmandu")])
+    assert probe() == 0
+    about = json.loads((tmp_path / "run" / "results.json").read_text())["data"]["relations"]["P36"]
+    assert about["facts"]["test"] == 1
+    assert about["left_out"]["object is not one token"] == 2
+
+
+def test_vocabulary_restricts_facts_and_answers(probe, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("Paris\nRome\nEurope\nAsia\nNotAWord\n")
+    assert probe("--vocab", words) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["data"]["vocabulary"] == {"name": "words.txt", "tokens": 4}
+    assert results["data"]["relations"]["P36"]["facts"]["test"] == 2
+    assert results["data"]["relations"]["P30"]["left_out"]["object is not in the vocabulary"] == 6
+    predictions = [json.loads(line) for line in (tmp_path / "run" / "predictions" / "P30.jsonl").read_text().splitlines()]
+    assert {token for p in predictions for token, _ in p["top"]} == {"Paris", "Rome", "Europe", "Asia"}
+
+
+BAD_OPTIONS = {
+    "unknown backbone": (["--backbone", "no/such-model"], 2, "--backbone no/such-model: cannot be loaded"),
+    "missing GGUF": (["--backbone", "x.gguf"], 2, "no such file"),
+    "missing data": (["--data", "nowhere"], 2, "--data nowhere: there is no such directory"),
+    "unknown relation": (["--relations", "P9999"], 2, "--relations P9999"),
+    "template without [Y]": (["--template", "<3>[X]<3>"], 2, "exactly one [X]"),
+    "template without [X]": (["--template", "<3>[Y]"], 2, "exactly one [X]"),
+    "subject after object": (["--template", "[Y]<3>[X]"], 2, "[X] after [Y]"),
+    "no pseudo tokens": (["--template", "[X] is [Y]"], 1, "no pseudo tokens"),
+    "unknown method": (["--methods", "magic"], 2, "--methods magic: unknown"),
+    "unknown option": (["--no-such-option", "1"], 2, "--no-such-option"),
+    "wrong type": (["--max-epochs", "many"], 2, "--max-epochs"),
+    "negative": (["--learning-rate", "-1"], 2, "--learning-rate -1"),
+    "zero": (["--limit-facts", "0"], 2, "--limit-facts 0"),
+    "missing vocabulary": (["--vocab", "nowhere.txt"], 2, "--vocab nowhere.txt: cannot be read"),
+    "not a number": (["--learning-rate", "1e30"], 1, "lower --learning-rate"),
+    "missing DeepSpeed configuration": (["--deepspeed", "nowhere.json"], 2, "--deepspeed nowhere.json: cannot be read"),
+    "nothing to resume": (["--resume"], 2, "holds no run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options_give_one_line(probe, capsys, case):
+    args, code, message = BAD_OPTIONS[case]
+    assert probe(*args) == code
+    error = capsys.readouterr().err.strip()
+    last = error.splitlines()[-1]
+    assert last.startswith("megaprompt: ")
+    assert message in last
+    assert "Traceback" not in error
+
+
+def test_vocabulary_without_any_object(probe, tmp_path, capsys):
+    words = tmp_path / "words.txt"
+    words.write_text("The\nof\n")
+    assert probe("--vocab", words) == 1
+    assert "no relation of data has an object in the vocabulary words.txt" in capsys.readouterr().err
+    words.write_text("qqqqqq\n")
+    assert probe("--vocab", words, out="other") == 2
+    assert "none of its words is one token" in capsys.readouterr().err
+
+
+def test_relation_without_facts(probe, data_directory, capsys):
+    (data_directory / "trex" / "dev" / "P36.jsonl").write_text("")
+    assert probe() == 1
+    assert "relation P36 of data: it has no facts in dev" in capsys.readouterr().err
+
+
+def test_relation_without_a_manual_prompt(probe, data_directory, capsys):
+    (data_directory / "relations.jsonl").unlink()
+    assert probe() == 1
+    assert "no manual prompt" in capsys.readouterr().err
+    assert probe("--methods", "p-tuning", out="second") == 0
+
+
+def test_another_run_is_not_overwritten(probe, tmp_path, capsys):
+    assert probe() == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert probe("--seed", "1") == 2
+    assert "holds another run; choose another directory" in capsys.readouterr().err
+    assert probe("--seed", "1", "--resume") == 2
+    assert "was started with --seed 0, not 1" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert probe("--resume") == 0, "a complete run is shown again"
+
+
+def test_a_failed_start_leaves_the_directory_free(probe, tmp_path):
+    assert probe("--relations", "P9999") == 2
+    assert probe() == 0
+
+
+def test_prompts_of_another_backbone(probe, tokenizer, tmp_path, capsys):
+    from megaprompt.cli import main
+
+    assert probe() == 0
+    other = tmp_path / "other"
+    make_model("llama", len(tokenizer), seed=5).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    ask = ["ask", "--prompts", str(tmp_path / "run"), "--relation", "P36", "Peru"]
+    assert main([*ask, "--backbone", str(other)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "P36.safetensors: learned on" in error
+    assert "give --backbone" in error
+    assert main([*ask[:3], "--relation", "P31", "Peru"]) == 2
+    assert "--relation P31: no prompt" in capsys.readouterr().err
+    assert main(["ask", "--prompts", str(tmp_path / "nowhere"), "Peru"]) == 2
+
+
+def test_fingerprint_survives_half_precision(make_backbone):
+    assert make_backbone(dtype=torch.float32).fingerprint == make_backbone(dtype=torch.bfloat16).fingerprint
+    assert make_backbone(seed=1).fingerprint != make_backbone(seed=2).fingerprint
+
+
+def test_interrupted_run_resumes_to_the_same_result(backbone_directory, data_directory, tmp_path):
+    """Ctrl-C in the middle of training, for real; then --resume without any other option."""
+    options = ["--backbone", backbone_directory, "--data", data_directory, "--learning-rate", 0.01, "--max-epochs", 400]
+    options += ["--patience", 400]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run_cli("probe", *options, "--out", whole).returncode == 0
+    command = [sys.executable, "-m", "megaprompt", "probe", *map(str, options), "--out", str(broken)]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 120
+    while not (broken / "log.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "continue with --resume" in error
+    assert not json.loads((broken / "results.json").read_text())["complete"]
+    checkpoint = torch.load(broken / "state" / "checkpoint.pt", weights_only=True)
+    assert 0 < checkpoint["trainer"]["step"]
+
+    resumed = run_cli("probe", "--out", broken, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    results = [json.loads((run / "results.json").read_text()) for run in (whole, broken)]
+    assert results[0]["methods"] == results[1]["methods"]
+    prompts = [load_prompts(run) for run in (whole, broken)]
+    for name, prompt in prompts[0].items():
+        assert torch.equal(prompt.vectors, prompts[1][name].vectors)
+    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, broken)]
+    assert [{**line, "time": 0} for line in logs[0]] == [{**line, "time": 0} for line in logs[1]]
+
+
+def test_damaged_checkpoint_and_prompt(probe, tmp_path, capsys):
+    from megaprompt.cli import main
+
+    assert probe() == 0
+    run = tmp_path / "run"
+    results = json.loads((run / "results.json").read_text())
+    del results["methods"]["p-tuning"]
+    (run / "results.json").write_text(json.dumps(results | {"complete": False}))
+    (run / "state").mkdir(exist_ok=True)
+    (run / "state" / "checkpoint.pt").write_bytes(b"PK damaged")
+    assert probe("--resume") == 1
+    assert "checkpoint.pt is damaged" in capsys.readouterr().err
+    (run / "prompts" / "P36.safetensors").write_bytes(b"damaged")
+    assert main(["ask", "--prompts", str(run), "--relation", "P36", "Peru"]) == 1
+    assert "P36.safetensors: cannot be read as a prompt" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_not_finite_is_not_saved(tmp_path):
+    from megaprompt.errors import MegapromptError
+
+    prompt = SavedPrompt("P36", "<1>[X][Y]", "m", "f", "geonames", torch.tensor([[float("nan")]]))
+    with pytest.raises(MegapromptError, match="not finite"):
+        prompt.save(tmp_path / "P36.safetensors")
+
+
+def test_yaml_round_trip(tmp_path):
+    config = parse(ProbeConfig, ["--relations", "P36,P30", "--max-epochs", "7", "--out", "runs/x", "--seed", "3"], "t")
+    assert config.relations == ("P36", "P30")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert from_yaml(ProbeConfig, path) == config
+    path.write_text(yaml.safe_dump({"max_epoch": 7}))
+    with pytest.raises(UsageError, match=r"config.yaml: .*max-epoch"):
+        from_yaml(ProbeConfig, path)
+
+
+def test_config_file_gives_defaults(probe, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("relations: [P36]\nlimit_facts: 5\n")
+    assert probe("--config", path, "--limit-facts", "3") == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["data"]["relations"]) == ["P36"]
+    assert results["data"]["relations"]["P36"]["facts"]["test"] == 3
+
+
+def test_help_and_unknown_command(capsys):
+    from megaprompt.cli import main
+
+    assert main(["--help"]) == 0
+    assert "probe" in capsys.readouterr().out
+    assert main(["prob"]) == 2
+    assert "no such command" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["probe", "--help"])
+    assert stop.value.code == 0
+    assert "--limit-facts" in capsys.readouterr().out
+
+
+def test_full_disk_is_one_line(probe, tmp_path, capsys):
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("needs root to mount a small file system")
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=False).returncode:
+        pytest.skip("this machine does not allow mounts")
+    try:
+        assert probe(out="small/run") == 1
+        assert "No space left" in capsys.readouterr().err
+    finally:
+        subprocess.run(["umount", small], check=True)

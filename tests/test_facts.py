@@ -1,0 +1,108 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.facts import SPLITS, Fact, geonames, load_data, read_vocabulary
+from tests.conftest import write_facts
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "lama"
+
+
+@pytest.fixture(scope="module")
+def geo():
+    return geonames()
+
+
+def test_geonames_has_the_five_relations(geo):
+    assert list(geo.relations) == ["P36", "P30", "P17", "P47", "P37"]
+    facts = {name: {f for split in SPLITS for f in relation.facts[split]} for name, relation in geo.relations.items()}
+    assert Fact("Denmark", "Copenhagen") in facts["P36"]
+    assert Fact("Denmark", "Europe") in facts["P30"]
+    assert Fact("Lyon", "France") in facts["P17"]
+    assert {Fact("Denmark", "Germany"), Fact("France", "Spain"), Fact("Spain", "France")} <= facts["P47"]
+    assert Fact("Denmark", "Danish") in facts["P37"]
+
+
+def test_geonames_is_split_by_subject_without_duplicates(geo):
+    for relation in geo.relations.values():
+        everything = [fact for split in SPLITS for fact in relation.facts[split]]
+        assert len(everything) == len(set(everything))
+        subjects = [{fact.subject for fact in relation.facts[split]} for split in SPLITS]
+        assert not subjects[0] & subjects[1]
+        assert not subjects[0] & subjects[2]
+        assert not subjects[1] & subjects[2]
+        shares = [len(s) / sum(map(len, subjects)) for s in subjects]
+        assert shares == pytest.approx([0.6, 0.2, 0.2], abs=0.08)
+
+
+def test_a_subject_is_in_one_split_for_all_relations(geo):
+    split_of: dict[str, str] = {}
+    for relation in geo.relations.values():
+        for split in SPLITS:
+            for fact in relation.facts[split]:
+                assert split_of.setdefault(fact.subject, split) == split
+
+
+@pytest.mark.parametrize(
+    ("file", "split"),
+    [
+        ("trex/dev/P36.jsonl", "dev"),
+        ("TREx/P36.jsonl", "test"),
+        ("P36/train.jsonl", "train"),
+        ("fact-retrieval/original/P36/test.jsonl", "test"),
+    ],
+)
+def test_layouts(tmp_path, file, split):
+    write_facts(tmp_path / file, [("Peru", "Lima"), ("Japan", "Tokyo")])
+    relation = load_data(str(tmp_path)).relations["P36"]
+    assert relation.facts[split] == [("Peru", "Lima"), ("Japan", "Tokyo")]
+    assert relation.template is None
+    assert relation.label == "P36"
+
+
+def test_relations_file_and_vocabulary(data_directory):
+    (data_directory / "vocab").mkdir()
+    (data_directory / "vocab" / "common.txt").write_text("Paris\n\nRome\n")
+    data = load_data(str(data_directory))
+    assert data.relations["P36"].template == "The capital of [X] is [Y] ."
+    assert data.relations["P36"].type == "N-1"
+    assert read_vocabulary(data.vocabulary) == ["Paris", "Rome"]
+    (data_directory / "vocab" / "other.txt").write_text("Oslo\n")
+    assert load_data(str(data_directory)).vocabulary is None, "two files: the user has to choose"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected a JSON object"),
+        ('{"sub_label": "Peru"}', '"obj_label" is missing'),
+        ('{"sub_label": 3, "obj_label": "x"}', '"sub_label" is missing or not text'),
+    ],
+)
+def test_malformed_lines_name_file_and_line(data_directory, line, message):
+    path = data_directory / "trex" / "dev" / "P36.jsonl"
+    path.write_text(json.dumps({"sub_label": "a", "obj_label": "b"}) + "\n\n" + line + "\n")
+    with pytest.raises(MegapromptError, match=re.escape(f"{path}:3: ") + ".*" + re.escape(message)):
+        load_data(str(data_directory))
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UsageError, match="no such directory"):
+        load_data(str(tmp_path / "missing"))
+    with pytest.raises(UsageError, match="no facts found"):
+        load_data(str(tmp_path))
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_vocabulary(tmp_path / "words.txt")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the LAMA data is not part of the project")
+def test_real_lama_data():
+    data = load_data(str(SHARED))
+    assert len(data.relations) == 33
+    assert sum(len(r.facts["test"]) for r in data.relations.values()) == 24253
+    assert len(data.relations["P103"].facts["train"]) == 734
+    assert data.vocabulary is not None
