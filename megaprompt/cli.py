@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -78,7 +77,7 @@ def _probe(args: list[str]) -> None:
     from megaprompt.report import summary_table
 
     default, args = _config_option(args)
-    config = parse(ProbeConfig, args, "megaprompt probe", default and from_yaml(ProbeConfig, default))
+    config = parse(ProbeConfig, args, "megaprompt probe", from_yaml(ProbeConfig, default) if default else None)
     if config.resume and default is None and (saved := config.out / "config.yaml").exists():
         config = parse(ProbeConfig, args, "megaprompt probe", from_yaml(ProbeConfig, saved))
     world = join_world(force=config.deepspeed is not None)

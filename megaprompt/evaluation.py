@@ -6,7 +6,7 @@ is needed: the rank of the gold object is one more than the number of allowed to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,18 +14,11 @@ from torch import Tensor
 
 from megaprompt.backbone import CausalBackbone
 from megaprompt.distributed.launch import World
-from megaprompt.packing import pack, split_into_passes
+from megaprompt.distributed.schedule import my_passes
+from megaprompt.packing import PassSize, pack
 from megaprompt.template import Query
 
 METRICS = ("p_at_1", "p_at_10", "mrr")
-
-
-@dataclass(frozen=True)
-class PassSize:
-    """How much one pass computes: rows of at most `row_tokens`, in all about `pass_tokens`."""
-
-    row_tokens: int = 256
-    pass_tokens: int = 1024
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,6 @@ def predict(
     world: World,
     size: PassSize,
     top: int = 0,
-    on_pass: Callable[[int], None] = lambda queries: None,
 ) -> Predictions:
     """Rank the gold object of every query; the ranks of `world` share the queries and all get all answers.
 
@@ -71,11 +63,7 @@ def predict(
         prompts: prompt matrix that the queries' pseudo tokens index.
         allowed: bool [V], the tokens that count as answers.
         top: how many best tokens to report for each query.
-        on_pass: told the number of queries that all ranks together have finished, after each pass.
     """
-    shares = [list(range(rank, len(queries), world.size)) for rank in range(world.size)]
-    plans = [split_into_passes([queries[i] for i in share], size.row_tokens, size.pass_tokens) for share in shares]
-    mine = shares[world.rank]
     device = backbone.device
     top = min(top, int(allowed.sum()))
     allowed = allowed.to(device)
@@ -83,9 +71,7 @@ def predict(
     top_tokens = torch.zeros(len(queries), top, dtype=torch.int64)
     log_probability = torch.zeros(len(queries), dtype=torch.float64)
     top_log_probability = torch.zeros(len(queries), top, dtype=torch.float64)
-    for number in range(max(map(len, plans), default=0)):
-        plan = plans[world.rank]
-        indices = [mine[i] for i in plan[number]] if number < len(plan) else []  # nothing left: take part, empty
+    for indices in my_passes(queries, world, size):
         batch = pack([queries[i] for i in indices], size.row_tokens).to(device)
         logits = backbone(batch, prompts)[:, : len(allowed)]
         if logits.dtype in (torch.float16, torch.bfloat16):
@@ -102,7 +88,6 @@ def predict(
                 best = rows.masked_fill(~allowed, -torch.inf).topk(top, dim=1)
                 top_tokens[here] = best.indices.cpu()
                 top_log_probability[here] = (best.values - normalizer).double().cpu()
-        on_pass(sum(len(plan[number]) for plan in plans if number < len(plan)))
     for tensor in (rank, log_probability, top_tokens, top_log_probability):
         world.sum_(tensor)
     return Predictions(rank, log_probability, top_tokens, top_log_probability)

@@ -123,7 +123,7 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> Iterator[tuple[int, 
                     raise MegapromptError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
                 for key in required:
                     if not isinstance(row.get(key), str) or not row[key].strip():
-                        raise MegapromptError(f'{path}:{number}: "{key}" is missing or not text; add it or drop the line')
+                        raise MegapromptError(f'{path}:{number}: "{key}" is missing or not text; mend the line')
                 yield number, row
     except (OSError, UnicodeDecodeError) as error:
         raise MegapromptError(f"{path}: cannot be read as UTF-8 text ({error})") from error
@@ -134,7 +134,7 @@ def read_vocabulary(path: Path) -> list[str]:
     try:
         words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--vocab {path}: cannot be read as UTF-8 text ({error}); one word a line is expected") from error
+        raise UsageError(f"--vocab {path}: cannot be read as UTF-8 text, one word a line ({error})") from error
     if not words:
         raise UsageError(f"--vocab {path}: the file has no words; one word a line is expected")
     return words
@@ -144,7 +144,7 @@ def read_vocabulary(path: Path) -> list[str]:
 
 _GEONAMES = {
     # relation: (label, type, manual prompt). The prompts were chosen on dev among several, see the README.
-    "P36": ("capital", "1-1", "The capital and largest city of [X] is [Y] ."),
+    "P36": ("capital", "1-1", "The capital of [X] is [Y] ."),
     "P30": ("continent", "N-1", "The country of [X] is located on the continent of [Y] ."),
     "P17": ("country", "N-1", "The city of [X] is a city in the country of [Y] ."),
     "P47": ("shares border with", "N-M", "The country of [X] shares a border with the country of [Y] ."),

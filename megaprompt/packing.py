@@ -21,7 +21,7 @@ Queries are sorted, so that the tree is built by comparing each query with the o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,15 +98,23 @@ def _fill_rows(queries: Sequence[Query], order: Sequence[int], row_tokens: int) 
     return rows
 
 
-def split_into_passes(queries: Sequence[Query], row_tokens: int, pass_tokens: int) -> list[list[int]]:
-    """Cut queries into passes of at most about `pass_tokens` computed tokens each.
+@dataclass(frozen=True)
+class PassSize:
+    """How much one pass computes: rows of at most `row_tokens`, in all at most about `pass_tokens`."""
+
+    row_tokens: int = 256
+    pass_tokens: int = 1024
+
+
+def split_into_passes(queries: Sequence[Query], size: PassSize) -> list[list[int]]:
+    """Cut queries into passes of the given size.
 
     Returns the indices of the queries of each pass, sorted so that common prefixes meet. A query longer than a row gets
     a row of its own.
     """
     order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
-    rows = _fill_rows(queries, order, row_tokens)
-    rows_per_pass = max(1, pass_tokens // row_tokens)
+    rows = _fill_rows(queries, order, size.row_tokens)
+    rows_per_pass = max(1, size.pass_tokens // size.row_tokens)
     return [
         [query for row in rows[start : start + rows_per_pass] for query, _ in row.ends]
         for start in range(0, len(rows), rows_per_pass)
@@ -158,9 +166,3 @@ def pack(queries: Sequence[Query], row_tokens: int) -> PackedBatch:
         targets=torch.tensor(list(targets), dtype=torch.int64),
         target_of_query=torch.tensor(target_of_query, dtype=torch.int64),
     )
-
-
-def packed_passes(queries: Sequence[Query], row_tokens: int, pass_tokens: int) -> Iterator[tuple[list[int], PackedBatch]]:
-    """The passes that compute `queries`: for each, the indices of its queries and the packed batch."""
-    for indices in split_into_passes(queries, row_tokens, pass_tokens):
-        yield indices, pack([queries[i] for i in indices], row_tokens)

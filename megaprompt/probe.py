@@ -1,8 +1,8 @@
 """Probing: score manual prompts, learn prompts, score them, and write everything down. One call does the whole job.
 
-    from megaprompt.config import ProbeConfig
-    from megaprompt.probe import probe
-    results = probe(ProbeConfig(relations=("P36", "P30"), out=Path("runs/two")))
+from megaprompt.config import ProbeConfig
+from megaprompt.probe import probe
+results = probe(ProbeConfig(relations=("P36", "P30"), out=Path("runs/two")))
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from megaprompt.backbone import CausalBackbone, load_backbone
 from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig
 from megaprompt.distributed.launch import World, join_world
 from megaprompt.errors import MegapromptError, UsageError
-from megaprompt.evaluation import PassSize, Predictions, metrics, predict, summarize
+from megaprompt.evaluation import Predictions, metrics, predict, summarize
 from megaprompt.facts import SPLITS, Data, Fact, Relation, Split, load_data, read_vocabulary
+from megaprompt.packing import PassSize
 from megaprompt.progress import progress
 from megaprompt.prompt_encoder import seed_of
 from megaprompt.report import write_report
 from megaprompt.run_directory import RunDirectory, SavedPrompt, load_prompts
-from megaprompt.template import Template
+from megaprompt.template import DEFAULT_CAUSAL, Template
 from megaprompt.training import Examples, Hooks, Learned, Task, Trainer
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
         MegapromptError: something in the data, on the disk or in training went wrong.
     """
     recipe = config.training_recipe()
-    template = Template.parse(config.template or CausalBackbone.default_template)
+    template = Template.parse(config.template or DEFAULT_CAUSAL)
     deepspeed_config = None
     if config.deepspeed is not None:
         from megaprompt.distributed.zero3 import read_deepspeed_config
@@ -229,7 +230,8 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
             "environment": _environment(world),
             "timing": {},
         }
-    job = _Job(config, world, run, backbone, vocabulary, relations, results, PassSize(config.row_tokens, config.pass_tokens))
+    size = PassSize(config.row_tokens, config.pass_tokens)
+    job = _Job(config, world, run, backbone, vocabulary, relations, results, size)
     if "manual" in config.methods and "manual" not in results["methods"]:
         job.manual()
     if learns and "p-tuning" not in results["methods"]:
@@ -307,7 +309,7 @@ class _Job:
             run.truncate_log(state["log_size"] if state is not None else 0)
 
         def log(line: dict[str, Any]) -> None:
-            if world.is_main:
+            if board is not None:
                 run.append_log(line)
                 for name in ("train_loss", "dev_p_at_1", "dev_mrr"):
                     board.add_scalar(f"{name}/{line['relation']}", line[name], line["step"])
@@ -333,7 +335,7 @@ class _Job:
             for name, found in learned.items():
                 SavedPrompt(
                     relation=name,
-                    template=self.config.template or CausalBackbone.default_template,
+                    template=self.config.template or DEFAULT_CAUSAL,
                     backbone=self.backbone.name,
                     fingerprint=self.backbone.fingerprint,
                     data=self.config.data,
@@ -399,7 +401,7 @@ def prediction_lines(
             "object": fact.object,
             "rank": int(found.rank[i]),
             "probability": found.log_probability[i].exp().item(),
-            "top": [[backbone.tokenizer.decode([token]).strip(), round(p, 6)] for token, p in answers],
+            "top": [[backbone.text_of(token), round(p, 6)] for token, p in answers],
         }
 
 
@@ -555,7 +557,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             }
             done += len(examples)
             update(done)
-    return {"split": config.split, "data": data.name, "vocabulary": vocabulary.name, "relations": rows, **summarize(rows)}
+    about = {"split": config.split, "data": data.name, "vocabulary": vocabulary.name}
+    return {**about, "relations": rows, **summarize(rows)}
 
 
 def ask(config: AskConfig) -> list[tuple[str, float]]:
@@ -584,5 +587,5 @@ def ask(config: AskConfig) -> list[tuple[str, float]]:
         size=PassSize(),
         top=config.top,
     )
-    answers = [backbone.tokenizer.decode([token]).strip() for token in found.top_tokens[0].tolist()]
+    answers = [backbone.text_of(token) for token in found.top_tokens[0].tolist()]
     return list(zip(answers, found.top_log_probability[0].exp().tolist(), strict=True))

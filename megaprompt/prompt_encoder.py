@@ -10,12 +10,19 @@ output is needed (section 3.2): `PromptEncoder()()` is a matrix [pseudo tokens, 
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 EncoderKind = Literal["lstm", "mlp", "none"]
+
+
+class EmbeddingStatistics(NamedTuple):
+    """Where a backbone's token embeddings are: their mean [hidden size], and the RMS distance of an element from it."""
+
+    mean: Tensor
+    spread: float
 
 
 class PromptEncoder(nn.Module):
@@ -46,6 +53,21 @@ class PromptEncoder(nn.Module):
             vectors = self.mlp(vectors)
         return vectors
 
+    @torch.no_grad()
+    def start_near(self, embeddings: EmbeddingStatistics) -> None:
+        """Shift and scale the last layer, for vectors around the mean embedding and a quarter of the spread apart."""
+        vectors = self()
+        center = vectors.mean(0)
+        scale = 0.25 * embeddings.spread / (vectors - center).square().mean().sqrt()
+        mean = embeddings.mean.to(center)
+        if self.mlp is None:
+            self.embedding.weight.sub_(center).mul_(scale).add_(mean)
+        else:
+            last = self.mlp[-1]
+            assert isinstance(last, nn.Linear)
+            last.weight.mul_(scale)
+            last.bias.sub_(center).mul_(scale).add_(mean)
+
 
 def new_prompt_encoder(
     num_pseudo_tokens: int,
@@ -54,15 +76,23 @@ def new_prompt_encoder(
     *,
     seed: int,
     relation: str,
+    near: EmbeddingStatistics | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PromptEncoder:
     """A prompt encoder whose initial weights depend on the seed and the relation's name only.
 
     So a relation starts from the same weights whatever else is trained beside it, and on every rank.
+
+    Args:
+        near: start with vectors close to the mean of these embeddings. PyTorch's own initialization gives vectors that
+            are almost equal and unlike any embedding, and the first third of a short training is spent on leaving them.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, relation, "prompt encoder"))
-        return PromptEncoder(num_pseudo_tokens, hidden_size, kind).to(dtype)
+        encoder = PromptEncoder(num_pseudo_tokens, hidden_size, kind).to(dtype)
+    if near is not None:
+        encoder.start_near(near)
+    return encoder
 
 
 def seed_of(*parts: object) -> int:

@@ -1,12 +1,12 @@
 """The files of a run. Every file is complete or absent: it is written aside, flushed to disk, and renamed.
 
-    config.yaml                 the whole configuration, enough to repeat the run
-    results.json                scores of every method so far; "complete" says whether that is all
-    prompts/P36.safetensors     learned prompt vectors [pseudo tokens, hidden size], with what they belong to
-    predictions/P36.jsonl       subject, object, rank and best answers per fact and method
-    state/checkpoint.pt         training as of its last checkpoint
-    log.jsonl, tensorboard/     one line per relation and epoch
-    report.html, *.png          see `report`
+config.yaml                 the whole configuration, enough to repeat the run
+results.json                scores of every method so far; "complete" says whether that is all
+prompts/P36.safetensors     learned prompt vectors [pseudo tokens, hidden size], with what they belong to
+predictions/P36.jsonl       subject, object, rank and best answers per fact and method
+state/checkpoint.pt         training as of its last checkpoint
+log.jsonl, tensorboard/     one line per relation and epoch
+report.html, *.png          see `report`
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ negative number -1-k, so that one tuple of integers describes a query completely
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,8 +98,3 @@ class Template:
             pseudo += piece
             is_start = is_start and piece == 0
         return Query(tuple(tokens), len(tokens) - 1)
-
-
-def max_length(queries: Sequence[Query]) -> int:
-    """The number of tokens of the longest query."""
-    return max(len(query.tokens) for query in queries)

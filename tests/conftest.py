@@ -16,7 +16,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from megaprompt.backbone import CausalBackbone
@@ -50,7 +49,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def make_model(kind: str, vocabulary: int, seed: int = 0):
     torch.manual_seed(seed)
     if kind == "gpt2":
-        config = GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=vocabulary, n_positions=64, initializer_range=0.2)
+        config = GPT2Config(
+            n_layer=2, n_head=4, n_embd=32, vocab_size=vocabulary, n_positions=64, initializer_range=0.2
+        )
         return GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
     config = LlamaConfig(
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=64,

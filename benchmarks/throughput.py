@@ -1,0 +1,305 @@
+"""Throughput of training and evaluation: megaprompt against the original algorithm and PEFT, in one interleaved run.
+
+    python benchmarks/throughput.py [--relations P36,P30,P17,P47,P37] [--rounds 5] [--backbone smollm2-135m]
+
+All three train on the same facts with the same frozen model, batch size per relation and threads, from the same
+prompt vectors, and their losses are compared. What is timed is a whole training step: prompt encoder, backbone forward
+and backward, and Adam.
+
+(a) original: what the code of "GPT Understands, Too" does for every step, written anew: one relation at a time, a
+    padded batch of 8, token ids made by a Python loop per sample, the embeddings of pseudo tokens put in by a Python
+    loop per sample and pseudo token, logits of the whole vocabulary at every position, and a sort of them all, in
+    training too. (Its loss is taken where the paper says, just before the object, so that losses can be compared.)
+(b) peft: `PromptEncoder` of the released package: all pseudo tokens are in front, one relation at a time, padded batch
+    of 8, logits at every position. Its template is therefore <6>[X][Y]; its losses are compared with megaprompt's for
+    that template.
+(c) megaprompt: all relations in packed passes.
+
+Prints one JSON object. Times are medians over rounds; ratios are medians of the ratios within a round. The share of the
+peak relates the floating-point operations that megaprompt needs, counting only what it computes, to a large float32
+matrix product that is timed in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from megaprompt.backbone import CausalBackbone, load_backbone
+from megaprompt.distributed.launch import World
+from megaprompt.evaluation import predict
+from megaprompt.facts import load_data
+from megaprompt.packing import PassSize, pack
+from megaprompt.probe import load_vocabulary, usable_relations
+from megaprompt.prompt_encoder import PromptEncoder
+from megaprompt.template import Template
+from megaprompt.training import RECIPES, Examples, Task, Trainer
+
+BATCH = 8
+FRONT = "<6>[X][Y]"
+
+
+class Original:
+    """The original algorithm for one relation, step by step as its code does it."""
+
+    def __init__(self, backbone: CausalBackbone, template: Template, encoder: PromptEncoder) -> None:
+        self.model, self.tokenizer, self.encoder = backbone.model, backbone.tokenizer, encoder
+        self.hidden = backbone.hidden_size
+        self.spell = [template.pieces[0], template.pieces[2]]
+        self.optimizer = torch.optim.Adam(encoder.parameters(), RECIPES["fast"].learning_rate)
+        self.pseudo = len(self.tokenizer)  # an id that stands for every pseudo token
+        self.pad = self.tokenizer.eos_token_id
+
+    def __call__(self, subjects: list[str], objects: list[int], train: bool) -> tuple[float, int]:
+        """Mean loss and number of right answers; one optimizer step if `train`."""
+        rows = []
+        for subject in subjects:
+            ids = self.tokenizer.convert_tokens_to_ids(self.tokenizer.tokenize(" " + subject))
+            rows.append(torch.LongTensor([self.pseudo] * self.spell[0] + ids + [self.pseudo] * self.spell[1]))
+        queries = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
+        mask = torch.zeros_like(queries)
+        for i, row in enumerate(rows):
+            mask[i, : len(row)] = 1
+        for_embedding = queries.clone()
+        for_embedding[queries == self.pseudo] = self.pad
+        embeddings = self.model.get_input_embeddings()(for_embedding)
+        blocked = (queries == self.pseudo).nonzero().reshape(len(rows), -1, 2)[:, :, 1]
+        replaced = self.encoder()
+        for i in range(len(rows)):
+            for k in range(sum(self.spell)):
+                embeddings[i, blocked[i, k], :] = replaced[k, :]
+        logits = self.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits
+        last = [len(row) - 1 for row in rows]
+        labels = torch.full_like(queries, -100)
+        for i, gold in enumerate(objects):
+            labels[i, last[i]] = gold
+        loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        order = torch.argsort(logits, dim=2, descending=True)
+        right = 0
+        for i, gold in enumerate(objects):
+            for token in order[i, last[i]].tolist():
+                if token < self.pseudo:  # the first word of the vocabulary
+                    right += token == gold
+                    break
+        if train:
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.item(), right
+
+
+class Peft:
+    """PEFT's released prompt encoder for one relation."""
+
+    def __init__(self, backbone: CausalBackbone) -> None:
+        from peft import PromptEncoderConfig, PromptEncoderReparameterizationType, TaskType, get_peft_model
+
+        config = PromptEncoderConfig(
+            task_type=TaskType.CAUSAL_LM,
+            num_virtual_tokens=6,
+            encoder_reparameterization_type=PromptEncoderReparameterizationType.LSTM,
+            encoder_hidden_size=backbone.hidden_size // 2,
+            encoder_num_layers=2,
+            encoder_dropout=0.0,
+        )
+        self.model = get_peft_model(backbone.model, config).eval()
+        for parameter in self.model.prompt_encoder.parameters():
+            parameter.requires_grad_(True)
+        self.tokenizer = backbone.tokenizer
+        self.optimizer = torch.optim.Adam(self.model.prompt_encoder.parameters(), RECIPES["fast"].learning_rate)
+
+    def vectors(self) -> Tensor:
+        """What its prompt encoder puts in front."""
+        return self.model.get_prompt(batch_size=1)[0].detach()
+
+    def __call__(self, subjects: list[str], objects: list[int], train: bool) -> float:
+        """Mean loss; one optimizer step if `train`."""
+        batch = self.tokenizer([" " + subject for subject in subjects], padding=True, return_tensors="pt")
+        mask = batch["attention_mask"]
+        logits = self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
+        last = 6 + mask.sum(1) - 1
+        loss = cross_entropy(logits[torch.arange(len(subjects)), last], torch.tensor(objects))
+        if train:
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.item()
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def matmul_rate(size: int = 3072) -> float:
+    """Floating-point operations per second of a large matrix product."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / min(timed(lambda: a @ b) for _ in range(3))
+
+
+def operations(backbone: CausalBackbone, batch, train: bool) -> float:
+    """Multiplications and additions that a packed pass needs: real tokens only, no padding, no masked scores."""
+    output, config = backbone.model.get_output_embeddings(), backbone.model.config
+    head = output.weight.numel()
+    layers = sum(
+        module.weight.numel()
+        for module in backbone.model.modules()
+        if getattr(module, "weight", None) is not None
+        and module.weight.dim() == 2
+        and module is not output
+        and not isinstance(module, torch.nn.Embedding)
+    )
+    own = torch.arange(batch.token_ids.shape[1]) + 1
+    padding = (batch.position_ids == 0) & (batch.visible_until == own)
+    real = int((~padding).sum())
+    scores = 4 * config.hidden_size * config.num_hidden_layers * int((batch.position_ids + 1)[~padding].sum())
+    forward = 2 * layers * real + scores + 2 * head * batch.targets.numel()
+    return forward * (2 if train else 1)  # frozen weights: backward needs the gradient of the activations only
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--backbone", default="smollm2-135m")
+    options.add_argument("--relations", default="P36,P30,P17,P47,P37")
+    options.add_argument("--rounds", type=int, default=5)
+    args = options.parse_args()
+
+    backbone = load_backbone(args.backbone)
+    data = load_data("geonames")
+    everything = load_vocabulary("none", data, backbone)
+    relations = usable_relations(
+        data, backbone, everything, names=args.relations.split(","), splits=("train",), limit=None, seed=0
+    )
+    template = Template.parse("<3>[X]<3>[Y]")
+    recipe = RECIPES["fast"]
+
+    def trainer_for(template: Template) -> Trainer:
+        tasks = []
+        for name, usable in relations.items():
+            train = usable.examples("train", template, backbone)
+            tasks.append(Task(name, template.num_pseudo_tokens, train, Examples(train.queries[:1], train.objects[:1])))
+        return Trainer(backbone, tasks, recipe, size=PassSize(), world=World())
+
+    ours, front = trainer_for(template), trainer_for(Template.parse(FRONT))
+    originals = [Original(backbone, template, copy.deepcopy(learner.encoder)) for learner in ours.learners]
+    evaluation = {name: usable.examples("train", template, backbone) for name, usable in relations.items()}
+    subjects = {name: [fact.subject for fact in usable.facts["train"]] for name, usable in relations.items()}
+
+    # PEFT starts its encoder in its own way: its vectors are given to megaprompt, to compare losses.
+    pefts = [Peft(backbone) for _ in relations]
+
+    times: dict[str, list[float]] = {}
+    peaks, needed, losses = [], {"train": 0.0, "evaluation": 0.0}, {"original": 0.0, "peft": 0.0}
+    for round_number in range(args.rounds + 1):  # the first one warms up
+        for learner in ours.learners:
+            learner.epoch_loss = 0.0
+            if learner.cursor + BATCH > len(learner.task.train):  # every round has full batches
+                learner.epoch, learner.cursor = learner.epoch + 1, 0
+        batches = {learner.task.relation: copy.copy(learner).next_batch() for learner in ours.learners}
+        chosen = {
+            name: ([subjects[name][i] for i in batch], [relations[name].objects["train"][i] for i in batch])
+            for name, batch in batches.items()
+        }
+        counted: dict[str, float] = {}
+
+        loss_original: list[float] = []
+        counted["train original"] = timed(
+            lambda c=chosen, out=loss_original: out.extend(
+                run(*c[name], train=True)[0] for run, name in zip(originals, relations, strict=True)
+            )
+        )
+        queries, _ = ours._gather([(ln, ln.task.train, batches[ln.task.relation]) for ln in ours.learners])
+        counted["train megaprompt"] = timed(ours.train_step)
+        loss_ours = [ln.epoch_loss / len(batches[ln.task.relation]) for ln in ours.learners]
+        if round_number == 0:  # from equal prompts; afterwards rounding may lead the runs apart
+            losses["original"] = max(abs(a - b) / b for a, b in zip(loss_ours, loss_original, strict=True))
+            needed["train"] = operations(backbone, pack(queries, ours.size.row_tokens), train=True)
+
+        vectors = [run.vectors() for run in pefts]
+        loss_peft: list[float] = []
+        counted["train peft"] = timed(
+            lambda c=chosen, out=loss_peft: out.extend(
+                run(*c[name], train=True) for run, name in zip(pefts, relations, strict=True)
+            )
+        )
+        if round_number == 0:
+            picks = [(ln, ln.task.train, batches[ln.task.relation]) for ln in front.learners]
+            front_queries, front_objects = front._gather(picks)
+            batch = pack(front_queries, 256)
+            with torch.no_grad():
+                logits = backbone(batch, torch.cat(vectors))[batch.target_of_query]
+            parts = cross_entropy(logits, torch.tensor(front_objects), reduction="none").split(
+                [len(batches[name]) for name in relations]
+            )
+            differences = [abs(p.mean().item() - q) / q for p, q in zip(parts, loss_peft, strict=True)]
+            losses["peft"] = max(differences)
+
+        with torch.no_grad():
+            right: list[int] = []
+            counted["evaluation original"] = timed(
+                lambda out=right, c=chosen: out.extend(
+                    run(*c[name], train=False)[1] for run, name in zip(originals, relations, strict=True)
+                )
+            )
+            counted["evaluation peft"] = timed(
+                lambda c=chosen: [run(*c[name], train=False) for run, name in zip(pefts, relations, strict=True)]
+            )
+        picks = [(ln, evaluation[ln.task.relation], batches[ln.task.relation]) for ln in ours.learners]
+        with torch.no_grad():
+            prompts = torch.cat([run.encoder() for run in originals])
+        eval_queries, eval_objects = ours._gather(picks)
+        found = []
+        counted["evaluation megaprompt"] = timed(
+            lambda q=eval_queries, o=eval_objects, p=prompts, out=found: out.append(
+                predict(backbone, q, o, p, allowed=everything.allowed, world=World(), size=ours.size)
+            )
+        )
+        needed["evaluation"] = operations(backbone, pack(eval_queries, ours.size.row_tokens), train=False)
+        if sum(right) != int((found[0].rank == 1).sum()):
+            sys.exit("the original and megaprompt do not rank alike")
+        if round_number:
+            peaks.append(matmul_rate())
+            for name, seconds in counted.items():
+                times.setdefault(name, []).append(seconds)
+
+    facts = BATCH * len(relations)
+    report: dict[str, object] = {
+        "backbone": args.backbone,
+        "relations": list(relations),
+        "facts per step": facts,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rounds": args.rounds,
+        "facts per second": {name: round(facts / statistics.median(t), 1) for name, t in times.items()},
+        "times faster than original": {},
+        "times faster than peft": {},
+        "relative difference of first losses": losses,
+        "matrix product GFLOP/s": round(statistics.median(peaks) / 1e9, 1),
+        "share of that peak": {},
+    }
+    for phase, short in (("train", "train"), ("evaluation", "evaluation")):
+        mine = times[f"{phase} megaprompt"]
+        for other in ("original", "peft"):
+            ratio = statistics.median(a / b for a, b in zip(times[f"{phase} {other}"], mine, strict=True))
+            report[f"times faster than {other}"][phase] = round(ratio, 2)  # type: ignore[index]
+        shares = [needed[short] / seconds / peak for seconds, peak in zip(mine, peaks, strict=True)]
+        report["share of that peak"][phase] = round(statistics.median(shares), 3)  # type: ignore[index]
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
