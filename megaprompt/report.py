@@ -279,7 +279,7 @@ def _circumstances(results: Mapping[str, Any]) -> dict[str, str]:
             value = ", ".join(f"{n} × {item}" if n > 1 else item for item, n in Counter(map(str, value)).items())
         shown[key.replace("_", " ")] = str(value)
     for key, value in results.get("timing", {}).items():
-        seconds = value.get("seconds") if isinstance(value, Mapping) else value
+        seconds: Any = value.get("seconds") if isinstance(value, Mapping) else value
         if _known(seconds):
             time = f"{seconds:.1f} s" if seconds < 60 else f"{timedelta(seconds=round(seconds))} h"
             shown[f"time, {key.removesuffix('_seconds')}"] = time
