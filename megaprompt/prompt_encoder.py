@@ -10,10 +10,13 @@ output is needed (section 3.2): `PromptEncoder()()` is a matrix [pseudo tokens, 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # said when oneDNN is switched off
 
 EncoderKind = Literal["lstm", "mlp", "none"]
 
@@ -48,7 +51,9 @@ class PromptEncoder(nn.Module):
         """The prompt vectors [pseudo tokens, hidden size], in the order in which they stand in the template."""
         vectors = self.embedding.weight
         if self.lstm is not None:
-            vectors = self.lstm(vectors)[0]
+            # On CPUs, oneDNN's LSTM repacks the weights in every call, which costs more than so short a sequence.
+            with torch.backends.mkldnn.flags(enabled=False):
+                vectors = self.lstm(vectors)[0]
         if self.mlp is not None:
             vectors = self.mlp(vectors)
         return vectors

@@ -16,7 +16,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from megaprompt.backbone import CausalBackbone
 
@@ -66,10 +65,6 @@ def make_backbone(tokenizer):
 
     def make(kind: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0) -> CausalBackbone:
         model = make_model(kind, len(tokenizer), seed)
-        if dtype == torch.float64:  # transformers' RMSNorm rounds to float32 inside, which is no float64 model
-            for name, module in list(model.named_modules()):
-                if isinstance(module, LlamaRMSNorm):
-                    model.set_submodule(name, torch.nn.RMSNorm(len(module.weight), eps=module.variance_epsilon))
         return CausalBackbone(model.to(dtype), tokenizer, name=kind)
 
     return make
