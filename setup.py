@@ -14,6 +14,7 @@ setup(
     package_data={"megaprompt": ["*.jinja", "py.typed"]},
     python_requires=">=3.11",
     install_requires=[
+        "accelerate>=1.0",
         "torch>=2.6",
         "transformers>=5.0",
         "deepspeed>=0.17",
@@ -24,6 +25,7 @@ setup(
         "language-data>=1.3",
         "matplotlib>=3.8",
         "ninja",
+        "psutil>=5.9",
         "pyyaml>=6.0",
         "rich>=13.7",
         "safetensors>=0.4.3",

@@ -74,9 +74,12 @@ class ProbeConfig:
     seed: int = 0
     """Everything random follows from this number."""
     dtype: Dtype | None = None
-    """Of the backbone. float32 on a CPU, bfloat16 on a GPU if not given; prompts are always trained in float32."""
+    """Of the backbone. If not given: what the DeepSpeed configuration says, else float32 on a CPU, bfloat16 on a GPU.
+    Prompts are always trained in float32."""
     deepspeed: Path | None = None
     """DeepSpeed configuration (see ds_configs/): shard the backbone over the ranks. Plain PyTorch if not given."""
+    relation_groups: int = 1
+    """Divide the ranks into so many groups, each of which trains some of the relations. Does not change results."""
     row_tokens: int = 256
     """Width of packed rows. Changes speed and memory, not results."""
     pass_tokens: int = 1024
@@ -101,7 +104,7 @@ class ProbeConfig:
         for method in self.methods:
             if method not in METHODS:
                 raise UsageError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
-        for name in ("limit_facts", "row_tokens", "pass_tokens"):
+        for name in ("limit_facts", "relation_groups", "row_tokens", "pass_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: give a number above 0")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megaprompt.backbone import CausalBackbone
 from megaprompt.distributed.launch import World
-from megaprompt.distributed.schedule import my_passes
+from megaprompt.distributed.schedule import my_passes, padded
 from megaprompt.packing import PassSize, pack
 from megaprompt.template import Query
 
@@ -55,6 +55,7 @@ def predict(
     world: World,
     size: PassSize,
     top: int = 0,
+    everyone: World | None = None,
 ) -> Predictions:
     """Rank the gold object of every query; the ranks of `world` share the queries and all get all answers.
 
@@ -63,6 +64,8 @@ def predict(
         prompts: prompt matrix that the queries' pseudo tokens index.
         allowed: bool [V], the tokens that count as answers.
         top: how many best tokens to report for each query.
+        everyone: all ranks that hold the backbone together, if `world` is a part of them; all of them must call this,
+            and may have other queries, or none.
     """
     device = backbone.device
     top = min(top, int(allowed.sum()))
@@ -71,7 +74,7 @@ def predict(
     top_tokens = torch.zeros(len(queries), top, dtype=torch.int64)
     log_probability = torch.zeros(len(queries), dtype=torch.float64)
     top_log_probability = torch.zeros(len(queries), top, dtype=torch.float64)
-    for indices in my_passes(queries, world, size):
+    for indices in padded(my_passes(queries, world, size), everyone or world):
         batch = pack([queries[i] for i in indices], size.row_tokens).to(device)
         logits = backbone(batch, prompts)[:, : len(allowed)]
         if logits.dtype in (torch.float16, torch.bfloat16):
@@ -89,7 +92,7 @@ def predict(
                 top_tokens[here] = best.indices.cpu()
                 top_log_probability[here] = (best.values - normalizer).double().cpu()
     for tensor in (rank, log_probability, top_tokens, top_log_probability):
-        world.sum_(tensor)
+        world.sum_(tensor, "predictions")
     return Predictions(rank, log_probability, top_tokens, top_log_probability)
 
 

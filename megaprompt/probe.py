@@ -29,9 +29,11 @@ from megaprompt import __version__
 from megaprompt.backbone import CausalBackbone, load_backbone
 from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig
 from megaprompt.distributed.launch import World, join_world
+from megaprompt.distributed.zero3 import DeepSpeedSettings, read_deepspeed_config
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.evaluation import Predictions, metrics, predict, summarize
 from megaprompt.facts import SPLITS, Data, Fact, Relation, Split, load_data, read_vocabulary
+from megaprompt.loss_scale import NO_SCALING
 from megaprompt.packing import PassSize
 from megaprompt.progress import progress
 from megaprompt.prompt_encoder import seed_of
@@ -179,25 +181,19 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
     """
     recipe = config.training_recipe()
     template = Template.parse(config.template or DEFAULT_CAUSAL)
-    deepspeed_config = None
-    if config.deepspeed is not None:
-        from megaprompt.distributed.zero3 import read_deepspeed_config
-
-        deepspeed_config = read_deepspeed_config(config.deepspeed)
+    deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed is not None else DeepSpeedSettings()
     data = load_data(config.data)
-    world = world or join_world(force=deepspeed_config is not None)
+    world = world or join_world(force=config.deepspeed is not None)
     run = RunDirectory.open(config) if world.is_main else RunDirectory(config.out)
     results = run.read_results() if config.resume else {}
     if results.get("complete"):
         logger.info("%s is complete; nothing to resume", run.path)
         return results
 
-    backbone = load_backbone(config.backbone, dtype_of(config.dtype, world.device), world.device)
-    parameters = sum(p.numel() for p in backbone.parameters())
-    if deepspeed_config is not None:
-        from megaprompt.distributed.zero3 import shard
-
-        engine = shard(backbone, deepspeed_config)  # noqa: F841 (must outlive the passes)
+    if None not in (config.dtype, deepspeed.dtype) and getattr(torch, config.dtype or "") != deepspeed.dtype:
+        raise UsageError(f"--dtype {config.dtype}: {config.deepspeed} says {deepspeed.dtype}; leave one of them out")
+    dtype = deepspeed.dtype or dtype_of(config.dtype, world.device)
+    backbone = load_backbone(config.backbone, dtype, world.device, deepspeed.sharding)
     backbone.check_packing()
     vocabulary = load_vocabulary(config.vocab, data, backbone)
     learns = "p-tuning" in config.methods
@@ -223,7 +219,7 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
                 "fingerprint": backbone.fingerprint,
                 "dtype": str(backbone.model.dtype).removeprefix("torch."),
                 "hidden_size": backbone.hidden_size,
-                "parameters": parameters,
+                "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters()),
             },
             "data": _describe(data, vocabulary, relations),
             "methods": {"majority": _majority(relations)},
@@ -246,6 +242,8 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
             seed=config.seed,
             size=job.size,
             world=world,
+            groups=config.relation_groups,
+            loss_scale=deepspeed.loss_scale if dtype == torch.float16 else NO_SCALING,
         )
         job.p_tuning(template, job.learn(trainer, data))
     results["complete"] = True
@@ -298,39 +296,50 @@ class _Job:
     def learn(self, trainer: Trainer, data: Data) -> dict[str, Learned]:
         """Train prompts, with checkpoints, log and progress; saves the best of each relation."""
         run, world = self.run, self.world
-        state = run.load_checkpoint() if self.config.resume else None
-        if state is not None:
-            trainer.load_state_dict(state["trainer"])
-            self.results["timing"]["training_seconds"] = state["seconds"]
-        before = self.results["timing"].get("training_seconds", 0.0)
+        seconds, log_size = 0.0, 0  # before this process started
+        if self.config.resume and (checkpoint := run.load_checkpoint(world)) is not None:
+            trainer.restore(checkpoint.step, checkpoint.about["stopped_after"], checkpoint.read)
+            seconds, log_size = checkpoint.about["seconds"], checkpoint.about["log_size"]
+        if world.is_main:
+            run.truncate_log(log_size)
         start = saved = time.monotonic()
         pause = _CHECKPOINT_SECONDS
-        if world.is_main:
-            run.truncate_log(state["log_size"] if state is not None else 0)
+        first_step = trainer.step
 
         def log(line: dict[str, Any]) -> None:
+            steps = max(1, trainer.step - first_step)
+            if world.size > 1:
+                line["sent_bytes_per_step"] = {what: round(count / steps) for what, count in world.sent.items()}
             if board is not None:
                 run.append_log(line)
                 for name in ("train_loss", "dev_p_at_1", "dev_mrr"):
                     board.add_scalar(f"{name}/{line['relation']}", line[name], line["step"])
 
-        def after_step(stopping: bool) -> None:
+        def should_save() -> bool:
+            return world.is_main and time.monotonic() - saved > pause
+
+        def save() -> None:
             nonlocal saved, pause
-            if world.is_main and (stopping or time.monotonic() - saved > pause):
-                state = {"trainer": trainer.state_dict(), "log_size": run.log_size()}
-                took = run.save_checkpoint({**state, "seconds": before + time.monotonic() - start})
-                saved, pause = time.monotonic(), max(_CHECKPOINT_SECONDS, 20 * took)
-            if stopping:
-                world.barrier()  # whoever leaves first must not get the writer killed
+            before = time.monotonic()
+            spent = {"seconds": seconds + before - start, "log_size": run.log_size()}
+            about = world.gather({"stopped_after": trainer.stopped_after, **spent})[0]
+            run.save_checkpoint(world, trainer.step, trainer.states(), about)
+            saved = time.monotonic()
+            pause = max(_CHECKPOINT_SECONDS, 20 * (saved - before))
 
         board = _tensorboard(run.path / "tensorboard", trainer.step) if world.is_main else None
+        world.sent.clear()
         with _stop_signals() as should_stop, progress("p-tuning", trainer.facts()[1], world.is_main) as update:
-            hooks = Hooks(log, lambda done, total, step: update(done, total), should_stop, after_step)
+            hooks = Hooks(log, lambda done, total, step: update(done, total), should_save, should_stop, save)
             learned = trainer.train(self.vocabulary.allowed, hooks)
-            after_step(stopping=False)
+            save()
+        self.results["communication"] = {
+            "steps": trainer.step - first_step,
+            "sent_bytes_by_rank": world.gather(dict(world.sent)),
+        }
         if board is not None:
             board.close()
-        self.results["timing"]["training_seconds"] = before + time.monotonic() - start
+        self.results["timing"]["training_seconds"] = seconds + time.monotonic() - start
         if world.is_main:
             for name, found in learned.items():
                 SavedPrompt(
@@ -503,7 +512,7 @@ def _backbone_for(prompts: Mapping[str, SavedPrompt], name: str | None, dtype: s
         if prompt.fingerprint != backbone.fingerprint:
             raise MegapromptError(
                 f"{prompt.path}: learned on {prompt.backbone} (weights {prompt.fingerprint}), not on {backbone.name} "
-                f"(weights {backbone.fingerprint}); give --backbone {prompt.backbone}"
+                f"(weights {backbone.fingerprint}); give --backbone {prompt.backbone}, and the same --dtype"
             )
     return backbone
 

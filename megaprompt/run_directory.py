@@ -4,7 +4,7 @@ config.yaml                 the whole configuration, enough to repeat the run
 results.json                scores of every method so far; "complete" says whether that is all
 prompts/P36.safetensors     learned prompt vectors [pseudo tokens, hidden size], with what they belong to
 predictions/P36.jsonl       subject, object, rank and best answers per fact and method
-state/checkpoint.pt         training as of its last checkpoint
+state/step-00000150/        a checkpoint of training: one file per relation, and a manifest with their checksums
 log.jsonl, tensorboard/     one line per relation and epoch
 report.html, *.png          see `report`
 """
@@ -12,10 +12,12 @@ report.html, *.png          see `report`
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import json
+import logging
 import os
-import pickle
-import time
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +29,12 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from megaprompt.config import ProbeConfig, from_yaml, to_yaml
+from megaprompt.distributed.launch import World
 from megaprompt.errors import MegapromptError, UsageError
 
-_MAY_CHANGE = {"out", "resume", "deepspeed", "row_tokens", "pass_tokens"}
+logger = logging.getLogger(__name__)
+
+_MAY_CHANGE = {"out", "resume", "deepspeed", "relation_groups", "row_tokens", "pass_tokens"}
 """Options that do not change results (beyond rounding), so a resumed run may have others."""
 
 
@@ -47,14 +52,18 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync_directory(path.parent)
     except OSError as error:
         scratch.unlink(missing_ok=True)
         raise MegapromptError(f"cannot write {path} ({error.strerror or error}); free space or change --out") from error
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class RunDirectory:
@@ -127,40 +136,114 @@ class RunDirectory:
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.path / "state" / "checkpoint.pt"
+    def save_checkpoint(
+        self, world: World, step: int, states: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]
+    ) -> None:
+        """Write a checkpoint; all ranks call it together, each with the states of other relations (or none).
 
-    def save_checkpoint(self, state: Mapping[str, Any]) -> float:
-        """Write the checkpoint; returns the seconds that it took."""
-        start = time.monotonic()
-        scratch = self.checkpoint.with_name(".checkpoint.pt.partial")
-        try:
-            scratch.parent.mkdir(parents=True, exist_ok=True)
-            with scratch.open("wb") as file:
-                torch.save(dict(state), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, self.checkpoint)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            scratch.unlink(missing_ok=True)
-            raise MegapromptError(f"cannot write {self.checkpoint} ({error}); the older checkpoint is kept") from error
-        return time.monotonic() - start
+        It is written aside and renamed when everything is on the disk; only then older ones than the two newest go.
 
-    def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None if there is none.
+        Args:
+            about: JSON-ready, the same on all ranks; `load_checkpoint` gives it back.
 
         Raises:
-            MegapromptError: it is damaged.
+            MegapromptError: on all ranks, if one cannot write. The older checkpoints are still there.
         """
-        if not self.checkpoint.exists():
-            return None
+        target = self.path / "state" / f"step-{step:08}"
+        scratch = target.with_name(f".{target.name}.partial")
+        failure: str | None = None
+        digests: dict[str, str] = {}
         try:
-            return torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise MegapromptError(
-                f"{self.checkpoint} is damaged ({str(error).splitlines()[0]}); delete it to train again from the start"
-            ) from error
+            if world.is_main:
+                for old in scratch.parent.glob(".*.partial"):  # of a run that was killed meanwhile
+                    shutil.rmtree(old, ignore_errors=True)
+                scratch.mkdir(parents=True)
+        except OSError as error:
+            failure = f"{error.strerror or error}"
+        world.barrier()
+        try:
+            for relation, state in states.items():
+                buffer = io.BytesIO()
+                torch.save(dict(state), buffer)
+                write_file(scratch / f"{relation}.pt", buffer.getvalue())
+                digests[relation] = hashlib.sha256(buffer.getvalue()).hexdigest()
+        except MegapromptError as error:
+            failure = failure or str(error)
+        reports = world.gather((digests, failure))
+        if world.is_main and not any(why for _, why in reports):
+            files = {relation: digest for part, _ in reports for relation, digest in part.items()}
+            manifest = {"format": CHECKPOINT_FORMAT, "step": step, "files": files, "about": dict(about)}
+            try:
+                write_file(scratch / "manifest.json", json.dumps(manifest, indent=1).encode())
+                if target.exists():  # the same step again, after a resume
+                    shutil.rmtree(target)
+                os.rename(scratch, target)
+                _sync_directory(target.parent)
+                for old in self._checkpoints()[_KEPT:]:
+                    shutil.rmtree(old, ignore_errors=True)
+            except (OSError, MegapromptError) as error:
+                failure = str(error)
+        failures = [why for why in world.gather(failure) if why]
+        if failures:
+            if world.is_main:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise MegapromptError(f"cannot write a checkpoint ({failures[0]}); the older ones are kept")
+
+    def _checkpoints(self) -> list[Path]:
+        """Complete checkpoints, newest first."""
+        return sorted((self.path / "state").glob("step-*"), reverse=True)
+
+    def load_checkpoint(self, world: World) -> Checkpoint | None:
+        """The newest checkpoint whose checksums are right, the same on all ranks; None if there is none at all.
+
+        Raises:
+            MegapromptError: all are damaged, or this version cannot read them.
+        """
+        found: tuple[Path, dict[str, Any]] | str | None = None
+        if world.is_main:
+            paths = self._checkpoints()
+            for path in paths:
+                try:
+                    found = (path, _verified_manifest(path))
+                    break
+                except MegapromptError as error:
+                    logger.warning("%s; trying an older checkpoint", error)
+                    found = f"no checkpoint in {self.path / 'state'} can be used; delete it to train from the start"
+        found = world.gather(found)[0]
+        if isinstance(found, str):
+            raise MegapromptError(found)
+        return None if found is None else Checkpoint(found[0], found[1]["step"], found[1]["about"])
+
+
+CHECKPOINT_FORMAT = 2
+_KEPT = 2  # checkpoints
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    path: Path
+    step: int
+    about: dict[str, Any]
+
+    def read(self, relation: str) -> dict[str, Any]:
+        """The state of one relation."""
+        return torch.load(self.path / f"{relation}.pt", weights_only=True, map_location="cpu")
+
+
+def _verified_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != CHECKPOINT_FORMAT:
+            raise MegapromptError(f"{path} was written by another version of megaprompt")
+        for relation, digest in manifest["files"].items():
+            with (path / f"{relation}.pt").open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise MegapromptError(f"{path}/{relation}.pt is damaged (wrong checksum)")
+    except (OSError, ValueError, KeyError) as error:
+        raise MegapromptError(f"{path} is damaged ({error})") from error
+    return manifest
 
 
 # ------------------------------------------------------------------------------------------------------- saved prompts

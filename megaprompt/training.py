@@ -9,7 +9,8 @@ alone, on any number of ranks.
 
 The backbone never sees the prompt encoders, only their output, a matrix of a few vectors. Its gradient is all that
 passes and ranks add up; each rank then runs it through its own replica of the encoders. So what is communicated is
-[pseudo tokens, hidden size] however large the encoders are.
+[pseudo tokens, hidden size] however large the encoders are. With relation groups (see `distributed.schedule`) a rank
+has only the encoders of its own group's relations, and shares gradients with the replicas of its group only.
 
 Differences from the paper's code, on purpose: the backbone stays in evaluation mode (no dropout), so runs repeat and
 packing is exact; the loss is taken at the output just before the object, for training and ranking alike; the test
@@ -18,6 +19,8 @@ split is read once, with the best prompts on dev.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +33,15 @@ from torch.nn.functional import cross_entropy
 
 from megaprompt.backbone import CausalBackbone
 from megaprompt.distributed.launch import World
-from megaprompt.distributed.schedule import my_passes
-from megaprompt.errors import MegapromptError
+from megaprompt.distributed.schedule import assign, my_passes, padded
+from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.evaluation import metrics, predict
+from megaprompt.loss_scale import NO_SCALING, LossScale
 from megaprompt.packing import PassSize, pack
 from megaprompt.prompt_encoder import EncoderKind, new_prompt_encoder, seed_of
 from megaprompt.template import Query
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,12 @@ class Task:
 class _Learner:
     """One relation while it is trained: its encoder, optimizer, place in the data, and best prompts so far."""
 
-    def __init__(self, task: Task, backbone: CausalBackbone, kind: EncoderKind, recipe: Recipe, seed: int) -> None:
+    def __init__(
+        self, task: Task, backbone: CausalBackbone, kind: EncoderKind, recipe: Recipe, seed: int, scale: LossScale
+    ) -> None:
         self.task, self.recipe, self.seed = task, recipe, seed
+        self.loss_scale = scale
+        self.skipped = 0  # steps whose gradients overflowed
         # Single precision whatever the backbone's, except that a double-precision backbone asks for the same.
         dtype = torch.float64 if backbone.model.dtype == torch.float64 else torch.float32
         self.encoder = new_prompt_encoder(
@@ -143,6 +153,15 @@ class _Learner:
             group["lr"] = self.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def end_step(self, overflow: bool) -> None:
+        """Take the step, or skip it if its gradients overflowed."""
+        if overflow:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.skipped += 1
+        else:
+            self.update()
+        self.loss_scale = self.loss_scale.after_step(overflow)
         self.step += 1
 
     @property
@@ -176,16 +195,24 @@ class _Learner:
             "dev_mrr": scores["mrr"],
             "best": better,
             "learning_rate": rate,
+            "skipped_steps": self.skipped,
         }
         self.cursor, self.epoch_loss = 0, 0.0
         stale = self.epoch - self.improved_in
         self.active = self.step < self.steps and stale < self.recipe.patience
         return line
 
-    _PROGRESS = ("epoch", "cursor", "step", "epoch_loss", "best", "improved_in", "active")
+    def result(self) -> Learned:
+        """The best prompts on dev."""
+        dev = {name: value for name, value in self.best.items() if name not in ("epoch", "prompts")}
+        return Learned(self.best["prompts"], self.epoch, self.best["epoch"], dev)
+
+    _PROGRESS = ("epoch", "cursor", "step", "skipped", "epoch_loss", "best", "improved_in", "active")
 
     def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs to go on exactly; without encoder and optimizer once they have done."""
         state = {name: getattr(self, name) for name in self._PROGRESS}
+        state["loss_scale"] = dataclasses.asdict(self.loss_scale)
         if self.active:
             state |= {"encoder": self.encoder.state_dict(), "optimizer": self.optimizer.state_dict()}
         return state
@@ -193,6 +220,7 @@ class _Learner:
     def restore(self, state: dict[str, Any]) -> None:
         for name in self._PROGRESS:
             setattr(self, name, state[name])
+        self.loss_scale = LossScale(**state["loss_scale"])
         if self.active:
             self.encoder.load_state_dict(state["encoder"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -214,8 +242,9 @@ class Hooks:
 
     log: Callable[[dict[str, Any]], None] = lambda line: None  # one line per relation and epoch
     progress: Callable[[int, int, int], None] = lambda done, total, step: None  # facts done, facts at most, steps
-    should_stop: Callable[[], bool] = lambda: False  # asked on each rank; one True stops all, after a checkpoint
-    after_step: Callable[[bool], None] = lambda stopping: None  # the place to save the trainer's state
+    should_save: Callable[[], bool] = lambda: False  # asked on each rank after each step; one True makes all save
+    should_stop: Callable[[], bool] = lambda: False  # likewise; all save, and stop
+    save: Callable[[], None] = lambda: None
 
 
 class Interrupted(MegapromptError):
@@ -230,6 +259,13 @@ class Trainer:
     Args:
         size: how much one pass computes; it changes speed and memory, not results.
         seed: everything random follows from it and the relations' names.
+        world: all ranks; they make this object and call its methods together.
+        groups: into how many groups of ranks the relations are divided.
+        loss_scale: with which every relation starts.
+
+    Raises:
+        MegapromptError: there is nothing to learn from, or nothing to learn.
+        UsageError: the ranks cannot be divided into so many groups.
     """
 
     def __init__(
@@ -242,15 +278,30 @@ class Trainer:
         seed: int = 0,
         size: PassSize,
         world: World,
+        groups: int = 1,
+        loss_scale: LossScale = NO_SCALING,
     ) -> None:
         for task in tasks:
             if not len(task.train) or not len(task.dev):
                 raise MegapromptError(f"relation {task.relation} needs facts in both train and dev to learn a prompt")
             if not task.num_pseudo_tokens:
                 raise MegapromptError(f"relation {task.relation}: its template has no pseudo tokens, nothing to learn")
-        self.backbone, self.size, self.world = backbone, size, world
-        self.learners = [_Learner(task, backbone, encoder, recipe, seed) for task in tasks]
+        if groups > len(tasks):
+            raise UsageError(f"--relation-groups {groups}: there are only {len(tasks)} relations; give at most that")
+        self.backbone, self.size = backbone, size
+        self.everyone, self.replicas = world, world.split(groups)
+        self._batch_size = recipe.batch_size
+        self._steps = {task.relation: recipe.steps(len(task.train)) for task in tasks}
+        group_of = assign(list(self._steps.values()), groups)
+        self.learners = [
+            _Learner(task, backbone, encoder, recipe, seed, loss_scale)
+            for task, group in zip(tasks, group_of, strict=True)
+            if group == world.rank // self.replicas.size
+        ]
         self.step = 0
+        # Known on all ranks, of all relations: after how many steps those that are done have stopped.
+        self.stopped_after: dict[str, int] = {} if recipe.max_epochs > 0 else dict.fromkeys(self._steps, 0)
+        self._failure: str | None = None
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -268,7 +319,7 @@ class Trainer:
     def _pass_losses(self, prompts: Tensor, queries: list[Query], objects: list[int], weights: Tensor) -> Tensor:
         """The losses [Q] of the queries, summed over ranks; `prompts.grad` gets the gradient of their weighted sum."""
         losses = torch.zeros(len(queries), dtype=torch.float64)
-        for indices in my_passes(queries, self.world, self.size):
+        for indices in padded(my_passes(queries, self.replicas, self.size), self.everyone):
             batch = pack([queries[i] for i in indices], self.size.row_tokens).to(prompts.device)
             logits = self.backbone(batch, prompts)
             gold = torch.tensor([objects[i] for i in indices], dtype=torch.int64, device=prompts.device)
@@ -278,97 +329,126 @@ class Trainer:
             loss = cross_entropy(rows, gold, reduction="none")
             (loss * weights[indices].to(loss)).sum().backward()
             losses[indices] = loss.detach().double().cpu()
-        return self.world.sum_(losses)
+        return self.replicas.sum_(losses, "losses")
 
     def train_step(self) -> list[_Learner]:
-        """One optimizer step for every active relation; returns those whose epoch is over.
-
-        Raises:
-            MegapromptError: a loss is not a number.
-        """
+        """One optimizer step for every active relation; returns this group's relations whose epoch is over."""
         active = [learner for learner in self.learners if learner.active]
         picks = [(learner, learner.task.train, learner.next_batch()) for learner in active]
         queries, objects = self._gather(picks)
-        weights = torch.cat([torch.full((len(batch),), 1 / len(batch), dtype=torch.float64) for *_, batch in picks])
-        outputs = torch.cat([learner.encoder() for learner in active])
-        prompts = outputs.detach().requires_grad_()
+        weights = torch.tensor(
+            [learner.loss_scale.scale / len(batch) for learner, _, batch in picks for _ in batch], dtype=torch.float64
+        )
+        if active:
+            outputs = torch.cat([learner.encoder() for learner in active])
+            prompts = outputs.detach().requires_grad_()
+        else:  # this group has finished, but its part of the backbone is still needed
+            prompts = torch.zeros(1, self.backbone.hidden_size, device=self.backbone.device, requires_grad=True)
         losses = self._pass_losses(prompts, queries, objects, weights)
         self.step += 1
-        assert prompts.grad is not None  # even of a rank without facts: zeros, from its empty passes
-        outputs.backward(self.world.sum_(prompts.grad))
+        if not active:
+            return []
+        gradient = prompts.grad if prompts.grad is not None else torch.zeros_like(prompts)
+        parts = self.replicas.sum_(gradient, "gradients").split([learner.task.num_pseudo_tokens for learner in active])
+        overflows = []
+        for learner, part in zip(active, parts, strict=True):
+            overflows.append(learner.loss_scale is not NO_SCALING and not part.isfinite().all())
+            part.div_(learner.loss_scale.scale)
+            if overflows[-1]:
+                part.zero_()
+        outputs.backward(gradient)
         start = 0
-        for learner, _, batch in picks:
-            loss = losses[start : start + len(batch)].sum().item()
+        for (learner, _, batch), overflow in zip(picks, overflows, strict=True):
+            loss = losses[start : start + len(batch)].mean().item()
             start += len(batch)
             if not math.isfinite(loss):
-                raise MegapromptError(
+                self._failure = (
                     f"the loss of {learner.task.relation} is {loss} in step {self.step}; lower --learning-rate "
                     f"(it is {learner.learning_rate:g}), or use --dtype float32"
                 )
-            learner.epoch_loss += loss
-            learner.update()
+            learner.epoch_loss += loss * len(batch)
+            learner.end_step(overflow)
+            if overflow:
+                logger.info(
+                    "%s: skipped step %d, gradients overflowed; the loss scale is now %g",
+                    learner.task.relation,
+                    self.step,
+                    learner.loss_scale.scale,
+                )
         return [learner for learner in active if learner.epoch_is_over]
 
     @torch.no_grad()
-    def _evaluate(self, learners: Sequence[_Learner]) -> list[dict[str, float]]:
-        """Dev scores with the current prompts."""
+    def _end_epochs(self, learners: Sequence[_Learner], allowed: Tensor) -> list[dict[str, Any]]:
+        """Score this group's relations whose epoch is over on dev; returns the log lines of all groups."""
         picks = [(learner, learner.task.dev, range(len(learner.task.dev))) for learner in learners]
         queries, objects = self._gather(picks)
-        prompts = torch.cat([learner.encoder() for learner in learners])
+        outputs = [learner.encoder() for learner in learners]
         rank = predict(
-            self.backbone, queries, objects, prompts, allowed=self._allowed, world=self.world, size=self.size
+            self.backbone,
+            queries,
+            objects,
+            torch.cat(outputs) if outputs else None,
+            allowed=allowed,
+            world=self.replicas,
+            size=self.size,
+            everyone=self.everyone,
         ).rank
-        return [metrics(part) for part in rank.split([len(learner.task.dev) for learner in learners])]
+        parts = rank.split([len(learner.task.dev) for learner in learners])
+        lines = []
+        for learner, part, prompts in zip(learners, parts, outputs, strict=True):
+            line = learner.end_epoch(metrics(part), prompts)
+            lines.append({"time": time.time(), "step": self.step, **line, "stopped": not learner.active})
+        everywhere = self.everyone.gather(lines if self.replicas.rank == 0 else [])
+        lines = sorted(
+            (line for part in everywhere for line in part), key=lambda line: list(self._steps).index(line["relation"])
+        )
+        self.stopped_after |= {line["relation"]: self.step for line in lines if line["stopped"]}
+        return lines
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def train(self, allowed: Tensor, hooks: Hooks) -> dict[str, Learned]:
-        """Train until every relation has stopped; returns the best prompts of each on dev.
+        """Train until every relation has stopped; returns the best prompts of each on dev, on every rank.
 
         Args:
             allowed: bool [vocabulary], the tokens that count as answers on dev.
 
         Raises:
             Interrupted: `hooks.should_stop` said so on some rank.
+            MegapromptError: a loss is not a number.
         """
-        self._allowed = allowed
-        while any(learner.active for learner in self.learners):
+        while len(self.stopped_after) < len(self._steps):
             ended = self.train_step()
-            if ended:
-                for learner, scores in zip(ended, self._evaluate(ended), strict=True):
-                    with torch.no_grad():
-                        line = learner.end_epoch(scores, learner.encoder())
-                    hooks.log({"time": time.time(), "step": self.step, **line})
-            done, total = self.facts()
-            hooks.progress(done, total, self.step)
-            stopping = bool(self.world.sum_(torch.tensor(float(hooks.should_stop()))) > 0)
-            hooks.after_step(stopping)
+            signs = [len(ended), self._failure is not None, hooks.should_stop(), hooks.should_save()]
+            some_ended, failed, stopping, saving = self.everyone.max_(
+                torch.tensor(signs, dtype=torch.int64), "schedule"
+            )
+            if failed:
+                raise MegapromptError(next(why for why in self.everyone.gather(self._failure) if why))
+            for line in self._end_epochs(ended, allowed) if some_ended else ():
+                hooks.log(line)
+            hooks.progress(*self.facts(), self.step)
+            if saving or stopping:
+                hooks.save()
             if stopping:
                 raise Interrupted(f"interrupted after step {self.step}; continue with --resume")
-        return {
-            learner.task.relation: Learned(
-                learner.best["prompts"],
-                learner.epoch,
-                learner.best["epoch"],
-                {name: value for name, value in learner.best.items() if name not in ("epoch", "prompts")},
-            )
-            for learner in self.learners
-        }
+        own = {learner.task.relation: learner.result() for learner in self.learners}
+        found = {name: result for part in self.everyone.gather(own) for name, result in part.items()}
+        return {name: found[name] for name in self._steps}
 
     def facts(self) -> tuple[int, int]:
-        """Training facts used so far, and in all if no active relation stops early (last batches counted as full)."""
-        done = total = 0
-        for learner in self.learners:
-            done += learner.step * learner.recipe.batch_size
-            total += (learner.steps if learner.active else learner.step) * learner.recipe.batch_size
-        return done, total
+        """Training facts used so far, and in all if no other relation stops early (last batches counted as full)."""
+        ends = [self.stopped_after.get(name, steps) for name, steps in self._steps.items()]
+        return sum(min(self.step, end) for end in ends) * self._batch_size, sum(ends) * self._batch_size
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a later `load_state_dict` needs to go on exactly."""
-        return {"step": self.step, "learners": {learner.task.relation: learner.state() for learner in self.learners}}
+    def states(self) -> dict[str, dict[str, Any]]:
+        """What each relation of this group needs to go on exactly; empty on all but one replica of the group."""
+        if self.replicas.rank != 0:
+            return {}
+        return {learner.task.relation: learner.state() for learner in self.learners}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.step = state["step"]
+    def restore(self, step: int, stopped_after: Mapping[str, int], read: Callable[[str], dict[str, Any]]) -> None:
+        """Go on after `step` steps, on any number of ranks and groups; `read` gives the state of one relation."""
+        self.step, self.stopped_after = step, dict(stopped_after)
         for learner in self.learners:
-            learner.restore(state["learners"][learner.task.relation])
+            learner.restore(read(learner.task.relation))

@@ -13,8 +13,9 @@ import torch
 import yaml
 
 from megaprompt.config import ProbeConfig, from_yaml, parse, to_yaml
+from megaprompt.distributed.launch import World
 from megaprompt.errors import UsageError
-from megaprompt.run_directory import SavedPrompt, load_prompts
+from megaprompt.run_directory import RunDirectory, SavedPrompt, load_prompts
 from tests.conftest import make_model, run_cli, write_facts
 
 QUICK = ("--learning-rate", "0.03", "--max-epochs", "3")
@@ -226,8 +227,7 @@ def test_interrupted_run_resumes_to_the_same_result(backbone_directory, data_dir
     assert process.returncode == 130, error
     assert "continue with --resume" in error
     assert not json.loads((broken / "results.json").read_text())["complete"]
-    checkpoint = torch.load(broken / "state" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["trainer"]["step"] > 0
+    assert RunDirectory(broken).load_checkpoint(World()).step > 0
 
     resumed = run_cli("probe", "--out", broken, "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -240,7 +240,7 @@ def test_interrupted_run_resumes_to_the_same_result(backbone_directory, data_dir
     assert [{**line, "time": 0} for line in logs[0]] == [{**line, "time": 0} for line in logs[1]]
 
 
-def test_damaged_checkpoint_and_prompt(probe, tmp_path, capsys):
+def test_damaged_checkpoint_and_prompt(probe, tmp_path, capsys, caplog):
     from megaprompt.cli import main
 
     assert probe() == 0
@@ -248,10 +248,20 @@ def test_damaged_checkpoint_and_prompt(probe, tmp_path, capsys):
     results = json.loads((run / "results.json").read_text())
     del results["methods"]["p-tuning"]
     (run / "results.json").write_text(json.dumps(results | {"complete": False}))
-    (run / "state").mkdir(exist_ok=True)
-    (run / "state" / "checkpoint.pt").write_bytes(b"PK damaged")
+    (last,) = (run / "state").iterdir()
+    shutil.copytree(last, run / "state" / "step-99999998")
+    shutil.copytree(last, run / "state" / "step-99999999")
+    (run / "state" / "step-99999999" / "manifest.json").write_text("{")
+    (run / "state" / "step-99999998" / "P36.pt").write_bytes(b"PK damaged")
+    assert probe("--resume") == 0  # with the one that is left
+    assert "step-99999999 is damaged" in caplog.text
+    assert "step-99999998/P36.pt is damaged (wrong checksum)" in caplog.text
+
+    (run / "results.json").write_text(json.dumps(results | {"complete": False}))
+    for path in (run / "state").glob("step-*/P36.pt"):
+        path.write_bytes(b"PK damaged")
     assert probe("--resume") == 1
-    assert "checkpoint.pt is damaged" in capsys.readouterr().err
+    assert "no checkpoint" in capsys.readouterr().err
     (run / "prompts" / "P36.safetensors").write_bytes(b"damaged")
     assert main(["ask", "--prompts", str(run), "--relation", "P36", "Peru"]) == 1
     assert "P36.safetensors: cannot be read as a prompt" in capsys.readouterr().err

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from megaprompt.distributed.launch import World
+from megaprompt.distributed.schedule import assign
 from megaprompt.errors import MegapromptError
+from megaprompt.loss_scale import LossScale
 from megaprompt.packing import PassSize
 from megaprompt.template import Template
 from megaprompt.training import RECIPES, Examples, Hooks, Interrupted, Recipe, Task, Trainer
@@ -106,9 +108,9 @@ def test_resumed_training_equals_uninterrupted(make_backbone, stop_after, tmp_pa
     first = trainer_for(backbone)
     with pytest.raises(Interrupted):
         first.train(allowed(backbone), Hooks(log=log.append, should_stop=lambda: first.step == stop_after))
-    torch.save(first.state_dict(), tmp_path / "state.pt")
+    torch.save(first.states(), tmp_path / "state.pt")
     second = trainer_for(backbone)
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    second.restore(first.step, first.stopped_after, torch.load(tmp_path / "state.pt", weights_only=True).get)
     resumed = second.train(allowed(backbone), Hooks(log=log.append))
     for relation in whole:
         assert torch.equal(whole[relation].prompts, resumed[relation].prompts)
@@ -166,3 +168,37 @@ def test_relation_without_dev_facts(make_backbone):
     task = Task("P36", 6, examples(backbone, "P36"), Examples([], []))
     with pytest.raises(MegapromptError, match="P36 needs facts in both train and dev"):
         Trainer(backbone, [task], RECIPE, size=PassSize(), world=World())
+
+
+def test_float16_skips_steps_that_overflow_and_lowers_the_scale(make_backbone):
+    backbone = make_backbone("gpt2", torch.float32)
+    plain = trainer_for(backbone)
+    scaled = trainer_for(backbone, loss_scale=LossScale(scale=1024.0, hysteresis=1, window=2))
+    plain.train_step()
+    scaled.train_step()
+    for one, other in zip(plain.learners, scaled.learners, strict=True):
+        torch.testing.assert_close(one.encoder(), other.encoder(), rtol=1e-5, atol=1e-6)
+
+    overflowing = trainer_for(backbone, loss_scale=LossScale(scale=1e38, hysteresis=2))
+    before = [learner.encoder().detach().clone() for learner in overflowing.learners]
+    overflowing.train_step()
+    assert [learner.skipped for learner in overflowing.learners] == [1, 1]
+    assert all(torch.equal(a, learner.encoder()) for a, learner in zip(before, overflowing.learners, strict=True))
+    assert [learner.loss_scale.scale for learner in overflowing.learners] == [1e38, 1e38]  # tolerated once
+    overflowing.train_step()
+    assert [learner.loss_scale.scale for learner in overflowing.learners] == [5e37, 5e37]
+
+
+def test_loss_scale_grows_after_good_steps_and_has_a_minimum():
+    scale = LossScale(scale=4.0, window=2, hysteresis=1)
+    assert scale.after_step(False).scale == 4.0
+    assert scale.after_step(False).after_step(False).scale == 8.0
+    assert scale.after_step(True).after_step(True).after_step(True).scale == 1.0
+    assert LossScale(scale=4.0, dynamic=False).after_step(True).scale == 4.0
+
+
+@pytest.mark.parametrize("weights", [[], [5], [1, 1, 1], [100, 1, 1, 1, 1, 1], [3, 9, 2, 7, 7, 1]])
+def test_relations_are_divided_evenly(weights):
+    groups = assign(weights, 2)
+    loads = [sum(w for w, g in zip(weights, groups, strict=True) if g == group) for group in (0, 1)]
+    assert abs(loads[0] - loads[1]) <= max(weights, default=0)

