@@ -39,11 +39,11 @@ class World:
         if self.size % groups:
             raise UsageError(f"--relation-groups {groups}: does not divide the {self.size} ranks; give a divisor")
         if groups == 1:
-            return World(self.rank, self.size, self.device, self.group)
+            return self
         size = self.size // groups
         members = [list(range(start, start + size)) for start in range(0, self.size, size)]
         made = [dist.new_group(ranks) for ranks in members]  # collective: every rank makes every group
-        return World(self.rank % size, size, self.device, made[self.rank // size])
+        return World(self.rank % size, size, self.device, made[self.rank // size], self.sent)
 
     def sum_(self, tensor: Tensor, what: str = "other") -> Tensor:
         """Replace `tensor` by its sum over the ranks; all must call it. `what` is for the account of bytes sent."""
