@@ -8,7 +8,7 @@ die() {
 
 # Print the comment at the head of a script, and end.
 usage() {
-  sed -n '2,/^#$/s/^# \{0,1\}//p' "$1"
+  sed -n '2,/^#SBATCH/{/^#SBATCH/!s/^# \{0,1\}//p}' "$1"
   exit "${2:-2}"
 }
 

@@ -98,12 +98,12 @@ class SlurmCluster:
             "setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged", "--foreground",
             *(f"--{option}={base}/munge/{name}" for option, name in files.items()),
         )  # fmt: skip
-        _wait(lambda: (base / "munge/munge.socket").exists(), 20, "munged does not start", self.logs)
+        wait_for(lambda: (base / "munge/munge.socket").exists(), 20, "munged does not start", self.logs)
         self._spawn("slurmctld", "-D")
         for node in NODES:
             own = f"mount --bind {base}/hosts /etc/hosts; hostname {node}; exec slurmd -D -N {node}"
             self._spawn("unshare", "-m", "-u", "bash", "-c", own)
-        _wait(lambda: self._idle() == len(NODES), 60, "the nodes do not become idle", self.logs)
+        wait_for(lambda: self._idle() == len(NODES), 60, "the nodes do not become idle", self.logs)
 
     def stop(self) -> None:
         """End all jobs and daemons."""
@@ -139,7 +139,9 @@ class SlurmCluster:
 
     def wait(self, job: str, timeout: float = 240) -> dict[str, str]:
         """Wait until a job has ended (not just been requeued)."""
-        _wait(lambda: self.job(job)["JobState"] in _ENDED, timeout, f"job {job} does not end", lambda: self.output(job))
+        wait_for(
+            lambda: self.job(job)["JobState"] in _ENDED, timeout, f"job {job} does not end", lambda: self.output(job)
+        )
         return self.job(job)
 
     def output(self, job: str) -> str:
@@ -178,7 +180,7 @@ class SlurmCluster:
         )
 
 
-def _wait(condition, timeout: float, complaint: str, explain) -> None:
+def wait_for(condition, timeout: float, complaint: str, explain) -> None:
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > end:
