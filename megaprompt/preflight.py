@@ -35,7 +35,7 @@ def preflight(config: ProbeConfig) -> None:
         UsageError: an option cannot work.
         MegapromptError: something else is wrong.
     """
-    needed = 0  # bytes on the disk
+    pseudo_tokens = hidden_size = relations = 0  # as far as the checks find out
 
     def versions() -> str:
         names = ("torch", "transformers", *(("deepspeed",) if config.deepspeed else ()))
@@ -46,8 +46,10 @@ def preflight(config: ProbeConfig) -> None:
         return ", ".join([f"python {sys.version.split()[0]}", *found, f"{torch.cuda.device_count()} GPU(s) here"])
 
     def options() -> str:
+        nonlocal pseudo_tokens
         recipe = config.training_recipe()
         template = Template.parse(config.template or DEFAULT_CAUSAL)
+        pseudo_tokens = template.num_pseudo_tokens
         if config.deepspeed is not None:
             from megaprompt.distributed.zero3 import read_deepspeed_config
 
@@ -55,27 +57,22 @@ def preflight(config: ProbeConfig) -> None:
         return f"{template.text}, {config.recipe} recipe, batch of {recipe.batch_size}, {config.deepspeed or 'no ZeRO'}"
 
     def backbone() -> str:
-        nonlocal needed
+        nonlocal hidden_size
         hidden_size, about = inspect_backbone(config.backbone)
-        template = Template.parse(config.template or DEFAULT_CAUSAL)
-        with torch.device("meta"):
-            encoder = PromptEncoder(template.num_pseudo_tokens, hidden_size, config.encoder)
-        # Parameters and Adam's two averages, in single precision.
-        needed = 3 * 4 * sum(p.numel() for p in encoder.parameters()) * _COPIES
         return about
 
     def data() -> str:
-        nonlocal needed
+        nonlocal relations
         found = load_data(config.data)
         for name in config.relations:
             if name not in found.relations:
                 raise UsageError(f"--relations {name}: not in {found.name}, which has {', '.join(found.relations)}")
-        relations = [found.relations[name] for name in config.relations or found.relations]
+        chosen = [found.relations[name] for name in config.relations or found.relations]
+        relations = len(chosen)
         if config.vocab not in ("auto", "none"):
             read_vocabulary(Path(config.vocab))
-        needed *= len(relations) if "p-tuning" in config.methods else 0
-        counts = (f"{sum(len(r.facts[split]) for r in relations)} {split}" for split in ("train", "dev", "test"))
-        return f"{found.name}, {len(relations)} relation(s), {', '.join(counts)} facts"
+        counts = (f"{sum(len(r.facts[split]) for r in chosen)} {split}" for split in ("train", "dev", "test"))
+        return f"{found.name}, {relations} relation(s), {', '.join(counts)} facts"
 
     def disk() -> str:
         RunDirectory.open(config)
@@ -87,6 +84,11 @@ def preflight(config: ProbeConfig) -> None:
                 file.write(b"megaprompt")
         except OSError as error:
             raise MegapromptError(f"--out {config.out}: cannot write into {where} ({error.strerror})") from error
+        with torch.device("meta"):
+            encoder = PromptEncoder(pseudo_tokens, hidden_size, config.encoder) if hidden_size else torch.nn.Module()
+        # Parameters and Adam's two averages, in single precision.
+        one = 3 * 4 * sum(p.numel() for p in encoder.parameters())
+        needed = _COPIES * relations * one if "p-tuning" in config.methods else 0
         free = shutil.disk_usage(where).free
         about = f"{config.out}: {free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.1f} GB"
         if free < needed:

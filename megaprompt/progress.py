@@ -100,9 +100,10 @@ class ProgressFile:
 
     def facts(self, done: int, total: int, step: int) -> None:
         """Training goes on."""
+        begins = self._first is None
         self._first = done if self._first is None else self._first
         self._state |= {"facts_done": done, "facts_total": total, "step": step}
-        if self._written is None or time.monotonic() - self._written >= _FILE_EVERY:
+        if begins or self._written is None or time.monotonic() - self._written >= _FILE_EVERY:
             self._write()
 
     @contextmanager

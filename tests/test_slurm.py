@@ -21,7 +21,7 @@ from tests.test_launch import BIN, HELLO, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
 
-EPOCHS = 300  # of the run that is disturbed; the others are short
+EPOCHS = 150  # of the run that is disturbed; the others are short
 SMALL = ("--ntasks-per-node=1", "--cpus-per-task=1")
 
 
@@ -207,13 +207,13 @@ def test_a_run_survives_the_night(cluster, submit, options, undisturbed, tmp_pat
         wait_for(there, 120, f"step {step} is not reached", lambda: cluster.output(job))
 
     # The time is nearly up.
-    train_until(20, job)
+    train_until(10, job)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", 60, "no requeue", lambda: cluster.output(job))
     assert "goes back into the queue" in cluster.output(job)
     saved = read_progress(run)
     assert saved["state"] == "interrupted"
-    assert saved["step"] >= 20
+    assert saved["step"] >= 10
 
     # A node fails. Slurm puts the job back into the queue by itself.
     train_until(saved["step"] + 1, job)
