@@ -51,7 +51,8 @@ def epochs(number: int) -> list[str]:
 def short(options, tmp_path_factory):
     """A short run in one process."""
     out = tmp_path_factory.mktemp("short") / "run"
-    assert main(["probe", *options, *epochs(20), "--out", str(out)]) == 0
+    finished = run_cli("probe", *options, *epochs(20), "--out", out)
+    assert finished.returncode == 0, finished.stderr
     return out
 
 
