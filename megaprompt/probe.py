@@ -35,7 +35,7 @@ from megaprompt.evaluation import Predictions, metrics, predict, summarize
 from megaprompt.facts import SPLITS, Data, Fact, Relation, Split, load_data, read_vocabulary
 from megaprompt.loss_scale import NO_SCALING
 from megaprompt.packing import PassSize
-from megaprompt.progress import progress
+from megaprompt.progress import ProgressFile, progress
 from megaprompt.prompt_encoder import seed_of
 from megaprompt.report import write_report
 from megaprompt.run_directory import RunDirectory, SavedPrompt, load_prompts
@@ -44,6 +44,7 @@ from megaprompt.training import Examples, Hooks, Learned, Task, Trainer
 
 logger = logging.getLogger(__name__)
 
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _CHECKPOINT_SECONDS = 60.0  # between checkpoints, and at least 20 times as long as writing one takes
 
 NOT_ONE_TOKEN = "object is not one token"
@@ -179,17 +180,25 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
         UsageError: an option cannot work.
         MegapromptError: something in the data, on the disk or in training went wrong.
     """
+    world = world or join_world(force=config.deepspeed is not None)
+    status = ProgressFile(config.out, world.is_main)
+    with status.ending():
+        return _probe(config, world, status)
+
+
+def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str, Any]:
     recipe = config.training_recipe()
     template = Template.parse(config.template or DEFAULT_CAUSAL)
     deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed is not None else DeepSpeedSettings()
     data = load_data(config.data)
-    world = world or join_world(force=config.deepspeed is not None)
     run = RunDirectory.open(config) if world.is_main else RunDirectory(config.out)
     results = run.read_results() if config.resume else {}
     if results.get("complete"):
         logger.info("%s is complete; nothing to resume", run.path)
         return results
 
+    if config.resume:
+        status.phase("loading")
     if None not in (config.dtype, deepspeed.dtype) and getattr(torch, config.dtype or "") != deepspeed.dtype:
         raise UsageError(f"--dtype {config.dtype}: {config.deepspeed} says {deepspeed.dtype}; leave one of them out")
     dtype = deepspeed.dtype or dtype_of(config.dtype, world.device)
@@ -227,7 +236,7 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
             "timing": {},
         }
     size = PassSize(config.row_tokens, config.pass_tokens)
-    job = _Job(config, world, run, backbone, vocabulary, relations, results, size)
+    job = _Job(config, world, run, backbone, vocabulary, relations, results, size, status)
     if "manual" in config.methods and "manual" not in results["methods"]:
         job.manual()
     if learns and "p-tuning" not in results["methods"]:
@@ -269,6 +278,7 @@ class _Job:
     relations: dict[str, UsableRelation]
     results: dict[str, Any]
     size: PassSize
+    status: ProgressFile
 
     def save(self) -> None:
         """Write the results so far, and the report."""
@@ -279,6 +289,7 @@ class _Job:
 
     def manual(self) -> None:
         """Score the prompts that came with the data."""
+        self.status.phase("manual")
         start = time.monotonic()
         templates = {}
         for name, usable in self.relations.items():
@@ -305,8 +316,12 @@ class _Job:
         start = saved = time.monotonic()
         pause = _CHECKPOINT_SECONDS
         first_step = trainer.step
+        if world.is_main:
+            self.status.epochs(run.read_log())
+        self.status.phase("p-tuning")
 
         def log(line: dict[str, Any]) -> None:
+            self.status.epochs([line])
             steps = max(1, trainer.step - first_step)
             if world.size > 1:
                 line["sent_bytes_per_step"] = {what: round(count / steps) for what, count in world.sent.items()}
@@ -314,6 +329,10 @@ class _Job:
                 run.append_log(line)
                 for name in ("train_loss", "dev_p_at_1", "dev_mrr"):
                     board.add_scalar(f"{name}/{line['relation']}", line[name], line["step"])
+
+        def show(done: int, total: int, step: int) -> None:
+            update(done, total)
+            self.status.facts(done, total, step)
 
         def should_save() -> bool:
             return world.is_main and time.monotonic() - saved > pause
@@ -330,7 +349,7 @@ class _Job:
         board = _tensorboard(run.path / "tensorboard", trainer.step) if world.is_main else None
         world.sent.clear()
         with _stop_signals() as should_stop, progress("p-tuning", trainer.facts()[1], world.is_main) as update:
-            hooks = Hooks(log, lambda done, total, step: update(done, total), should_save, should_stop, save)
+            hooks = Hooks(log, show, should_save, should_stop, save)
             learned = trainer.train(self.vocabulary.allowed, hooks)
             save()
         self.results["communication"] = {
@@ -356,6 +375,7 @@ class _Job:
 
     def p_tuning(self, template: Template, learned: Mapping[str, Learned]) -> None:
         """Score learned prompts on test."""
+        self.status.phase("test")
         start = time.monotonic()
         rows, predictions = {}, {}
         for name, found in learned.items():
@@ -475,7 +495,8 @@ def _tensorboard(path: Path, step: int) -> Any:
 
 @contextmanager
 def _stop_signals() -> Iterator[Any]:
-    """Ctrl-C or SIGTERM once: stop after the current step, with a checkpoint. A second time: at once."""
+    """SIGINT (Ctrl-C), SIGTERM or SIGUSR1 (a job's time is nearly over) once: stop after the current step, with a
+    checkpoint. A second time: at once."""
     asked = False
 
     def handler(number: int, _: Any) -> None:
@@ -486,7 +507,7 @@ def _stop_signals() -> Iterator[Any]:
         logger.warning("stopping after this step (%s); once more to stop at once", signal.Signals(number).name)
 
     try:
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handler) for number in _STOP}
     except ValueError:  # not in the main thread, as in a notebook's worker: signals are the caller's business
         before = {}
     try:

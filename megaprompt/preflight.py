@@ -1,0 +1,108 @@
+"""What can be known to be wrong before the backbone is loaded: `megaprompt probe ... --check`.
+
+It takes seconds and one process, so a job script runs it on the login node and again before it starts all ranks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megaprompt.backbone import inspect_backbone
+from megaprompt.config import ProbeConfig
+from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.facts import load_data, read_vocabulary
+from megaprompt.prompt_encoder import PromptEncoder
+from megaprompt.run_directory import RunDirectory
+from megaprompt.template import DEFAULT_CAUSAL, Template
+
+logger = logging.getLogger(__name__)
+
+_COPIES = 3  # of a checkpoint on the disk at once, while a new one is written
+
+
+def preflight(config: ProbeConfig) -> None:
+    """Make every check and print a line for each.
+
+    Raises:
+        UsageError: an option cannot work.
+        MegapromptError: something else is wrong.
+    """
+    pseudo_tokens = hidden_size = relations = 0  # as far as the checks find out
+
+    def versions() -> str:
+        names = ("torch", "transformers", *(("deepspeed",) if config.deepspeed else ()))
+        try:
+            found = [f"{name} {importlib.import_module(name).__version__}" for name in names]
+        except ImportError as error:
+            raise MegapromptError(f"{error}; install the requirements") from error
+        return ", ".join([f"python {sys.version.split()[0]}", *found, f"{torch.cuda.device_count()} GPU(s) here"])
+
+    def options() -> str:
+        nonlocal pseudo_tokens
+        recipe = config.training_recipe()
+        template = Template.parse(config.template or DEFAULT_CAUSAL)
+        pseudo_tokens = template.num_pseudo_tokens
+        if config.deepspeed is not None:
+            from megaprompt.distributed.zero3 import read_deepspeed_config
+
+            read_deepspeed_config(config.deepspeed)
+        return f"{template.text}, {config.recipe} recipe, batch of {recipe.batch_size}, {config.deepspeed or 'no ZeRO'}"
+
+    def backbone() -> str:
+        nonlocal hidden_size
+        hidden_size, about = inspect_backbone(config.backbone)
+        return about
+
+    def data() -> str:
+        nonlocal relations
+        found = load_data(config.data)
+        for name in config.relations:
+            if name not in found.relations:
+                raise UsageError(f"--relations {name}: not in {found.name}, which has {', '.join(found.relations)}")
+        chosen = [found.relations[name] for name in config.relations or found.relations]
+        relations = len(chosen)
+        if config.vocab not in ("auto", "none"):
+            read_vocabulary(Path(config.vocab))
+        counts = (f"{sum(len(r.facts[split]) for r in chosen)} {split}" for split in ("train", "dev", "test"))
+        return f"{found.name}, {relations} relation(s), {', '.join(counts)} facts"
+
+    def disk() -> str:
+        RunDirectory.open(config)
+        where = config.out.absolute()
+        while not where.exists():
+            where = where.parent
+        try:
+            with tempfile.TemporaryFile(dir=where) as file:
+                file.write(b"megaprompt")
+        except OSError as error:
+            raise MegapromptError(f"--out {config.out}: cannot write into {where} ({error.strerror})") from error
+        with torch.device("meta"):
+            encoder = PromptEncoder(pseudo_tokens, hidden_size, config.encoder) if hidden_size else torch.nn.Module()
+        # Parameters and Adam's two averages, in single precision.
+        one = 3 * 4 * sum(p.numel() for p in encoder.parameters())
+        needed = _COPIES * relations * one if "p-tuning" in config.methods else 0
+        free = shutil.disk_usage(where).free
+        about = f"{config.out}: {free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.1f} GB"
+        if free < needed:
+            raise MegapromptError(f"--out {about}; free space, or choose another directory or fewer --relations")
+        return about
+
+    checks: tuple[Callable[[], str], ...] = (versions, options, backbone, data, disk)
+    errors: list[MegapromptError] = []
+    for check in checks:
+        try:
+            print(f"ok    {check.__name__:9} {check()}", flush=True)
+        except MegapromptError as error:
+            print(f"WRONG {check.__name__:9} {error}", flush=True)
+            errors.append(error)
+    if errors:
+        kind = UsageError if any(isinstance(error, UsageError) for error in errors) else MegapromptError
+        raise kind(f"{len(errors)} of {len(checks)} checks failed; nothing was started. First: {errors[0]}")

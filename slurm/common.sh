@@ -1,0 +1,85 @@
+# shellcheck shell=bash
+# What the scripts in this directory share. They source it in the repository's root directory.
+
+die() {
+  echo "${SLURM_JOB_NAME:-$(basename "$0")}: $*" >&2
+  exit 2
+}
+
+# Print the comment at the head of a script, and end.
+usage() {
+  sed -n '2,/^#SBATCH/{/^#SBATCH/!s/^# \{0,1\}//p}' "$1"
+  exit "${2:-2}"
+}
+
+# The directory of a run: DEFAULT, or what --out among the other arguments says.
+run_directory() {
+  local out=$1
+  shift
+  while (($#)); do
+    case $1 in
+      --out) out=${2:-} ;;
+      --out=*) out=${1#--out=} ;;
+    esac
+    shift
+  done
+  echo "$out"
+}
+
+# probe_job SCRIPT OUT ARGUMENTS...
+# In a job: run the probe on all tasks, survive the time limit, and continue what is already in the run's directory.
+# On a login node: check the arguments and submit SCRIPT, with the arguments that it was started with.
+probe_job() {
+  local script=$1 name=${SLURM_JOB_NAME:-$(basename "$1")} out argument started step="" code=1 time_is_up="" signalled=""
+  shift
+
+  # Slurm sends USR1 to this script some time before the limit (#SBATCH --signal). The ranks are told, write a
+  # checkpoint and stop; then the job goes back into the queue under the same id.
+  started=$(date +%s)
+  trap 'time_is_up=1 signalled=1; [[ ! $step ]] || kill -USR1 "$step" || true' USR1 # srun passes it on to the tasks
+
+  local arguments=(--out "$@")
+  out=$(run_directory "$1" "${@:2}")
+  for argument in "$@"; do
+    [[ $argument == -h || $argument == --help ]] && usage "$script" 0
+  done
+  # A start after an interruption, or after the time limit: everything that is there already is used.
+  [[ -f $out/config.yaml ]] && arguments+=(--resume)
+
+  # Seconds, one process, no weights: options, backbone, data, disk, versions. Ends here if something is wrong.
+  "${PYTHON[@]}" -m megaprompt probe "${arguments[@]}" --check || die "the check failed, see above; no rank was started"
+
+  if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    exec sbatch "$script" "${SUBMITTED[@]}"
+  fi
+
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+  if [[ ! $time_is_up ]]; then
+    # A rank that fails takes the others along. In the background, since bash runs traps between foreground commands.
+    srun --kill-on-bad-exit=1 "${PYTHON[@]}" -m megaprompt probe "${arguments[@]}" &
+    step=$!
+    while signalled=; do
+      code=0
+      wait "$step" || code=$?
+      [[ $signalled ]] || break # else it was the signal that ended `wait`
+    done
+    ((code)) || exit 0
+  fi
+
+  if [[ $time_is_up ]]; then
+    if [[ -z $(find "$out/state" "$out/results.json" -newermt "@$started" 2>/dev/null) ]]; then
+      die "the time limit came before anything could be saved; give more time (sbatch --time)"
+    fi
+    echo "$name: time is nearly up; job $SLURM_JOB_ID goes back into the queue and will continue"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # until Slurm ends this start
+  fi
+  echo "$name: the probe ended with exit code $code; the same sbatch command continues it" >&2
+  exit "$code"
+}
+
+SUBMITTED=("$@") # the arguments of the script, not of a function
+PYTHON=(python3)
+site=${MEGAPROMPT_SITE:-slurm/site.env}
+# shellcheck source=/dev/null
+if [[ -f $site ]]; then source "$site"; elif [[ -x .venv/bin/python ]]; then PYTHON=(.venv/bin/python); fi
