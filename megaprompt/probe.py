@@ -192,7 +192,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
     deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed is not None else DeepSpeedSettings()
     data = load_data(config.data)
     run = RunDirectory.open(config) if world.is_main else RunDirectory(config.out)
-    results = run.read_results() if config.resume else {}
+    results = world.gather(run.read_results() if config.resume else {})[0]
     if results.get("complete"):
         logger.info("%s is complete; nothing to resume", run.path)
         return results
@@ -235,10 +235,15 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
             "environment": _environment(world),
             "timing": {},
         }
+    if results["backbone"]["fingerprint"] != backbone.fingerprint:
+        raise MegapromptError(
+            f"--resume: the weights of {backbone.name} are not those that {run.path} was started with"
+        )
     size = PassSize(config.row_tokens, config.pass_tokens)
     job = _Job(config, world, run, backbone, vocabulary, relations, results, size, status)
     if "manual" in config.methods and "manual" not in results["methods"]:
         job.manual()
+        job.save()
     if learns and "p-tuning" not in results["methods"]:
         trainer = Trainer(
             backbone,
@@ -415,7 +420,6 @@ class _Job:
                 kept = [line for line in self.run.read_predictions(name) if line["method"] != method]
                 facts = self.relations[name].facts["test"]
                 self.run.write_predictions(name, [*kept, *prediction_lines(method, facts, found, self.backbone)])
-        self.save()
 
 
 def prediction_lines(
