@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from megaprompt.backbone import megatron  # noqa: F401 (registers the model with transformers)
 from megaprompt.backbone.causal import CausalBackbone
 from megaprompt.distributed.zero3 import load_sharded, shard
 from megaprompt.errors import MegapromptError, UsageError
