@@ -95,7 +95,7 @@ class SlurmCluster:
             shutil.chown(path, "munge", "munge")
         files = {"key-file": "key", "socket": "munge.socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         self._spawn(
-            "setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged", "--foreground",
+            "--reuid=munge", "--regid=munge", "--clear-groups", "munged", "--foreground",
             *(f"--{option}={base}/munge/{name}" for option, name in files.items()),
         )  # fmt: skip
         wait_for(lambda: (base / "munge/munge.socket").exists(), 20, "munged does not start", self.logs)
@@ -174,9 +174,17 @@ class SlurmCluster:
         return states.count("idle")
 
     def _spawn(self, *command: str) -> None:
+        """Start a daemon; options of setpriv may come before its name."""
         log = (self.base / "log" / f"daemon{len(self._daemons)}.out").open("wb")
         self._daemons.append(
-            subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, start_new_session=True)
+            # They end with this process even if it is killed.
+            subprocess.Popen(
+                ("setpriv", "--pdeathsig=TERM", *command),
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+                start_new_session=True,
+            )
         )
 
 
@@ -210,6 +218,8 @@ if __name__ == "__main__":
     try:
         cluster.start()
         print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        stop = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop)
+        signal.sigwait(stop)
     finally:
         cluster.stop()
