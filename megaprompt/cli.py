@@ -19,6 +19,7 @@ _COMMANDS = {
     "ask": "ask the model about one subject with a saved prompt",
     "report": "make the report of a run again, or one of several runs over parts of the relations",
     "status": "tell how far a run is",
+    "convert": "convert a fairseq checkpoint such as Megatron 11B, or convert it back",
 }
 
 
@@ -68,6 +69,7 @@ def _run(args: list[str]) -> int:
         "ask": _ask,
         "report": _report,
         "status": _status,
+        "convert": _convert,
     }
     handlers[command](args[1:])
     return 0
@@ -159,6 +161,21 @@ def _status(args: list[str]) -> None:
     from megaprompt.progress import describe_progress, read_progress
 
     print(describe_progress(read_progress(parse(StatusConfig, args, "megaprompt status").run)))
+
+
+def _convert(args: list[str]) -> None:
+    from megaprompt.config import ConvertConfig, parse
+    from megaprompt.fairseq_bridge import convert, convert_back
+
+    config = parse(ConvertConfig, args, "megaprompt convert")
+    if config.to_fairseq:
+        convert_back(config.source, config.out, config.parts)
+        print(f"{config.out} has {config.parts} part(s) of a fairseq checkpoint")
+        return
+    convert(config.source, config.out, dtype=config.dtype, tokenizer=not config.no_tokenizer)
+    if config.no_tokenizer:
+        print(f"{config.out} has no tokenizer: texts cannot be encoded until one is saved there")
+    print(f"megaprompt probe --backbone {config.out} ...")
 
 
 def _print(table: object) -> None:

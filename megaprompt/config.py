@@ -171,6 +171,24 @@ class StatusConfig:
     """Directory of the run."""
 
 
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a fairseq checkpoint, such as Megatron 11B, into a directory for --backbone, or back."""
+
+    source: tyro.conf.Positional[Path]
+    """Directory with the checkpoint's parts (*-model_part-N.pt, or model.pt), dict.txt, encoder.json and vocab.bpe."""
+    out: tyro.conf.Positional[Path]
+    """Directory to write. It must not exist."""
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    """Of the converted weights; that of the checkpoint if not given."""
+    no_tokenizer: bool = False
+    """Convert the weights only, without encoder.json and vocab.bpe."""
+    to_fairseq: bool = False
+    """The other way: SOURCE is a converted directory."""
+    parts: int = 1
+    """With --to-fairseq: into how many model-parallel parts."""
+
+
 C = TypeVar("C")
 
 

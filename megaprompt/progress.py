@@ -42,17 +42,27 @@ class Update(Protocol):
 
 
 class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} facts/s" if task.speed else "")
+        return Text(f"{task.speed:.1f} {self.unit}/s" if task.speed else "")
 
 
 @contextmanager
-def progress(description: str, total: int, enabled: bool = True) -> Iterator[Update]:
-    """Show the progress of `total` facts while the block runs; only ranks that talk to the user enable it."""
+def progress(description: str, total: int, enabled: bool = True, unit: str = "facts") -> Iterator[Update]:
+    """Show the progress of `total` units while the block runs; only ranks that talk to the user enable it."""
     if not enabled:
         yield lambda done, total=None: None
     elif sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(unit),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(description, total=total)
             yield lambda done, total=None: bar.update(task, completed=done, total=total)
@@ -69,7 +79,7 @@ def progress(description: str, total: int, enabled: bool = True) -> Iterator[Upd
                 last = now
                 rate = (done - first) / (now - start)
                 left = f", {(latest - done) / rate:.0f} s left" if rate else ""
-                print(f"{description}: {done}/{latest} facts, {rate:.1f} facts/s{left}", file=sys.stderr, flush=True)
+                print(f"{description}: {done}/{latest} {unit}, {rate:.1f} {unit}/s{left}", file=sys.stderr, flush=True)
 
         yield update
         print(f"{description}: done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)

@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
@@ -190,5 +197,20 @@ class FairseqMegatronForCausalLM(FairseqMegatronPreTrainedModel, GenerationMixin
         return CausalLMOutput(logits=self.lm_head(self.model(input_ids, **options).last_hidden_state))
 
 
+class FairseqMegatronTokenizer(PreTrainedTokenizerFast):
+    """GPT-2's byte-level BPE with the ids of a fairseq dictionary (see `megaprompt.fairseq_bridge`).
+
+    Tokens that the dictionary lacks have ids from `dictionary_size` on in the BPE model, which wants them different;
+    what comes out is the id of `<unk>`. (A class with an `__init__` would not be read from tokenizer.json.)
+    """
+
+    def _convert_encoding(self, *args: Any, **options: Any) -> Any:
+        found, encodings = super()._convert_encoding(*args, **options)
+        size, unknown = self.init_kwargs["dictionary_size"], self.unk_token_id
+        found["input_ids"] = [[i if i < size else unknown for i in ids] for ids in found["input_ids"]]
+        return found, encodings
+
+
 AutoConfig.register(FairseqMegatronConfig.model_type, FairseqMegatronConfig)
 AutoModelForCausalLM.register(FairseqMegatronConfig, FairseqMegatronForCausalLM)
+AutoTokenizer.register(FairseqMegatronConfig, fast_tokenizer_class=FairseqMegatronTokenizer)
