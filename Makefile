@@ -1,17 +1,17 @@
 # make probe   the main job on the packaged model and data: a table and a report
 # make test    all tests          make test-fast   the unit tests only
 # make bench   throughput against the original algorithm and PEFT
-# make lint    ruff and mypy      make venv        only the environment
+# make lint    ruff and mypy      make venv        only the environment      make fairseq  an oracle for tests
 PYTHON ?= python3
 OUT    ?= runs/probe
 BIN    := .venv/bin
 
-.PHONY: probe test test-fast bench lint venv tools clean
+.PHONY: probe test test-fast bench lint venv tools fairseq clean
 
 probe: venv
 	$(BIN)/megaprompt probe --out $(OUT)
 
-test: venv tools
+test: venv tools fairseq
 	$(BIN)/python -m pytest
 
 test-fast: venv
@@ -49,5 +49,21 @@ tools:
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge shellcheck libaio-dev; \
 	else echo "without slurm-wlm, munge, shellcheck and libaio-dev (and root), tests of Slurm and NVMe are skipped"; fi
 
+# fairseq, with which the Megatron bridge is compared: its source, and the packages that it imports, beside .venv and not
+# in it. (Its own pins do not install with recent Python; a language model does not need its compiled extensions.)
+fairseq: venv .fairseq/installed
+
+.fairseq/installed:
+	rm -rf .fairseq
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .fairseq/lib --no-deps \
+	  omegaconf==2.3.0 hydra-core==1.3.2 antlr4-python3-runtime==4.9.3 bitarray==3.12.3 regex==2026.11.15 \
+	  sacrebleu==2.6.0 portalocker==4.4.2 tabulate==0.10.0 colorama==0.4.6 lxml==6.1.3 \
+	  scikit-learn==1.9.1 scipy==1.17.1 joblib==1.6.0 threadpoolctl==3.8.0 cloudpickle==3.1.2 narwhals==2.29.0
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation \
+	  --dest .fairseq fairseq-fixed==0.12.3.1
+	mkdir .fairseq/source
+	tar xzf .fairseq/fairseq*.tar.gz --strip-components 1 -C .fairseq/source
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .fairseq .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
