@@ -121,7 +121,7 @@ def open_streamed(path: Path, layers: int | None = None) -> CausalBackbone:
         model = FairseqMegatronForCausalLM(config)
     with safe_open(path / "model.safetensors", framework="pt") as file:
         wanted = model.state_dict().keys() - {"lm_head.weight"}
-        weights = {name: file.get_tensor(name) for name in file.keys() if name in wanted}
+        weights = {name: file.get_tensor(name) for name in wanted}
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False)
@@ -234,9 +234,7 @@ def main() -> None:
     size = 2 * (ROWS * WIDTH + options.layers * (4 * WIDTH * WIDTH + 2 * WIDTH * FFN))
     free = shutil.disk_usage(options.directory).free
     if free < 2.05 * size:
-        sys.exit(
-            f"{options.directory} needs {2.05 * size / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; give --directory"
-        )
+        sys.exit(f"{options.directory} needs {2.05 * size / 1e9:.0f} GB, {free / 1e9:.0f} are free; give --directory")
     work = Path(tempfile.mkdtemp(prefix="megatron-", dir=options.directory))
     result: dict[str, Any] = {"layers": options.layers, "cores": os.cpu_count()}
     result["memory of the machine, GB"] = round(psutil.virtual_memory().total / 1e9, 1)

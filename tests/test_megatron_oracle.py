@@ -42,7 +42,8 @@ dictionary.pad_to_multiple_(64)
 args = Namespace(**options, dropout=0.1, attention_dropout=0.1, add_bos_token=False, tokens_per_sample=64)
 base_lm_architecture(args)
 torch.manual_seed(0)
-model = TransformerLanguageModel.build_model(args, Namespace(source_dictionary=dictionary, target_dictionary=dictionary))
+task = Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
+model = TransformerLanguageModel.build_model(args, task)
 with torch.no_grad():
     for p in model.parameters():
         p.add_(torch.randn_like(p) * 0.1)  # norms and biases too
