@@ -296,6 +296,11 @@ def _mapped(file: Path, place: _Place, dtype: torch.dtype) -> Iterator[np.ndarra
     del array
 
 
+def _finite(tensor: Tensor) -> bool:
+    """Whether all elements are finite: exactly then, their sum in double precision is."""
+    return bool(tensor.sum(dtype=torch.float64).isfinite())
+
+
 def _integers(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().view(_SAME_SIZE[tensor.dtype.itemsize]).numpy()
 
@@ -330,7 +335,7 @@ def convert(source: Path, out: Path, *, dtype: str | None = None, tokenizer: boo
     state = json.loads(state_file.read_text()) if state_file.exists() else None
     if state is None or state["parts"] != about or state["dtype"] != dtype:
         shutil.rmtree(scratch, ignore_errors=True)
-        state = {"parts": about, "dtype": dtype, "done": 0}
+        state = {"parts": about, "dtype": dtype, "done": 0, "joined": 0}
 
     first = _load_part(parts[0])
     tensors = _decoder_tensors(first, parts[0])
@@ -353,11 +358,18 @@ def convert(source: Path, out: Path, *, dtype: str | None = None, tokenizer: boo
             stream.truncate(size)
     sizes = [path.stat().st_size >> 20 for path in parts]
     with progress("convert", sum(sizes), unit="MB") as update:
+        update(sum(sizes[: state["done"]]))
         for number in range(state["done"], len(parts)):
             _write_part(parts[number], number, len(parts), names, file, places, kind)
             state["done"] = number + 1
             write_file(state_file, json.dumps(state).encode())
             update(sum(sizes[: number + 1]))
+    columns = sorted(name for name in places if _COLUMNS.fullmatch(name)) if len(parts) > 1 else []
+    for number in range(state["joined"], len(columns)):
+        _join_columns(file, places[columns[number]], len(parts), kind, scratch / f"joined-{number}.bin")
+        state["joined"] = number + 1
+        write_file(state_file, json.dumps(state).encode())
+        (scratch / f"joined-{number}.bin").unlink()
     config.dtype = str(kind).removeprefix("torch.")
     config.architectures = [FairseqMegatronForCausalLM.__name__]
     config.save_pretrained(scratch)
@@ -386,7 +398,7 @@ def _write_part(
         tensor = tensors.pop(name)
         if name in _IGNORED:
             continue
-        if not tensor.isfinite().all():
+        if not _finite(tensor):
             raise MegapromptError(f"{path}: decoder.{name} has values that are not finite; fetch the part again")
         checked_only = name == "output_projection.weight"  # of later versions: the embeddings again
         target = "model.embed_tokens.weight" if checked_only else f"model.{name}"
@@ -396,7 +408,7 @@ def _write_part(
             )
         place = places[target]
         values = tensor.to(dtype)
-        if not values.isfinite().all():
+        if values is not tensor and not _finite(values):
             raise MegapromptError(f"{path}: decoder.{name} does not fit into {dtype}; give another --dtype")
         rows, columns = bool(_ROWS.fullmatch(name)), bool(_COLUMNS.fullmatch(name))
         # The vocabulary is cut, so it alone may not divide evenly.
@@ -415,9 +427,8 @@ def _write_part(
                 begin = part * len(values)
                 values = values[: max(0, place.shape[0] - begin)]
                 here = whole[begin : begin + len(values)]
-            elif columns:
-                width = values.shape[1]
-                here = whole[:, part * width : (part + 1) * width]
+            elif columns:  # block after block for now, see _join_columns
+                here = whole.reshape(parts, *values.shape)[part]
             else:
                 here = whole
             integers = _integers(values)
@@ -431,6 +442,19 @@ def _write_part(
             del here
 
 
+def _join_columns(file: Path, place: _Place, parts: int, dtype: torch.dtype, aside: Path) -> None:
+    """Put the blocks that parts have written side by side.
+
+    Each part has a few columns of each row. To write those in place would touch every page of the tensor in every part.
+    The joined tensor is written aside first, so that an interruption never leaves a half-joined one.
+    """
+    with _mapped(file, place, dtype) as whole:
+        if not aside.exists():
+            blocks = whole.reshape(parts, place.shape[0], -1)
+            write_file(aside, np.ascontiguousarray(blocks.transpose(1, 0, 2)).tobytes())
+        whole[...] = np.fromfile(aside, whole.dtype).reshape(place.shape)
+
+
 def _verify(file: Path, dtype: torch.dtype) -> None:
     """Read the result back, some rows at a time, as a user's program will."""
     with safe_open(file, framework="pt") as probe:
@@ -438,7 +462,7 @@ def _verify(file: Path, dtype: torch.dtype) -> None:
     for name in names:
         with safe_open(file, framework="pt") as probe:  # opened anew, so that its pages are let go
             for rows in probe.get_tensor(name).split(4096):
-                if rows.dtype != dtype or not rows.isfinite().all():
+                if rows.dtype != dtype or not _finite(rows):
                     raise MegapromptError(f"{file}: {name} was not written correctly; is the disk in order?")
 
 

@@ -73,14 +73,14 @@ class Recipe:
 RECIPES = {
     "paper": Recipe(1e-5, 5e-4, 0.98, batch_size=8, max_epochs=100, patience=20),
     "fast": Recipe(
-        5e-4,
+        3e-4,
         5e-4,
         1.0,
         batch_size=8,
         max_epochs=100,
         patience=20,
         max_steps=150,
-        warmup_steps=10,
+        warmup_steps=20,
         start_near_embeddings=True,
     ),
 }
