@@ -90,7 +90,9 @@ def load_vocabulary(option: str, data: Data, backbone: CausalBackbone) -> Vocabu
     """
     path = data.vocabulary if option == "auto" else None if option == "none" else Path(option)
     if path is None:
-        return Vocabulary("all tokens", torch.ones(backbone.vocabulary_size, dtype=torch.bool))
+        allowed = torch.ones(backbone.vocabulary_size, dtype=torch.bool)
+        allowed[[i for i in backbone.tokenizer.all_special_ids if i < len(allowed)]] = False  # no answers, in any model
+        return Vocabulary("all tokens", allowed)
     ids = [token for token in backbone.single_tokens(read_vocabulary(path)) if token is not None]
     if not ids:
         raise UsageError(f"--vocab {path}: none of its words is one token of {backbone.name}; give another file")

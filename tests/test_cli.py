@@ -262,6 +262,10 @@ def test_damaged_checkpoint_and_prompt(probe, tmp_path, capsys, caplog):
         path.write_bytes(b"PK damaged")
     assert probe("--resume") == 1
     assert "no checkpoint" in capsys.readouterr().err
+    for path in (run / "state").glob("step-*/manifest.json"):
+        path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    assert probe("--resume") == 1
+    assert "was written by another version of megaprompt" in caplog.text
     (run / "prompts" / "P36.safetensors").write_bytes(b"damaged")
     assert main(["ask", "--prompts", str(run), "--relation", "P36", "Peru"]) == 1
     assert "P36.safetensors: cannot be read as a prompt" in capsys.readouterr().err

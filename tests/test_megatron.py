@@ -236,3 +236,18 @@ def test_missing_dictionaries(checkpoint, tmp_path, capsys):
     assert load(tmp_path / "out").config.vocab_size == WORDS
     assert main(["convert", str(source), str(tmp_path / "out")]) == 2
     assert main(["convert", "--to-fairseq", "--parts", "2", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+
+
+def test_gradient_checkpointing_changes_nothing(checkpoint, tmp_path):
+    convert(checkpoint()[0], tmp_path / "out", tokenizer=False)
+    model = load(tmp_path / "out")
+    embeddings = model.get_input_embeddings()(torch.arange(4, 12))[None].detach()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            model.train()  # transformers checkpoints in training mode only; there is no dropout
+        leaf = embeddings.clone().requires_grad_()
+        model(inputs_embeds=leaf).logits.logsumexp(-1).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from megaprompt.cli import main
 from megaprompt.progress import read_progress
 from tests.conftest import run_cli, write_data
+from tests.megatron_parts import random_model, write_checkpoint
 from tests.slurm_cluster import SlurmCluster, wait_for, why_not
 from tests.test_launch import BIN, HELLO, ROOT
 
@@ -41,6 +42,20 @@ def options(backbone_directory, tmp_path_factory):
     """Options of `megaprompt probe` for all runs here."""
     data = write_data(tmp_path_factory.mktemp("data") / "facts")
     return [str(part) for part in ("--backbone", backbone_directory, "--data", data, "--learning-rate", "0.01")]
+
+
+@pytest.fixture(scope="module")
+def megatron(tokenizer, tmp_path_factory):
+    """A small Megatron in 8 parts, converted; its words are those of the other backbones here."""
+    path = tmp_path_factory.mktemp("megatron")
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (path / "encoder.json").write_text(json.dumps(bpe["vocab"]))
+    (path / "vocab.bpe").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in bpe["merges"]))
+    (path / "dict.txt").write_text("".join(f"{i} 1\n" for i in bpe["vocab"].values()))
+    rows = -(-(len(bpe["vocab"]) + 4) // 64) * 64
+    write_checkpoint(path, random_model(rows), parts=8)
+    assert main(["convert", str(path), str(path / "converted")]) == 0
+    return path / "converted"
 
 
 def epochs(number: int) -> list[str]:
@@ -132,10 +147,13 @@ def test_every_launcher_in_a_job(cluster, tmp_path):
     assert sorted(found) == sorted([*expected, "hello batch 0/1 sum 1", "hello second 0/1 sum 1"]), output
 
 
-def test_two_nodes_give_the_same_table(cluster, submit, options, short, tmp_path):
-    output = completed(cluster, submit("lama_11b.sh", *options, *epochs(20), "--out", tmp_path / "run"))
+def test_two_nodes_give_the_same_table_for_a_converted_megatron(cluster, submit, megatron, options, tmp_path):
+    options = ["--backbone", str(megatron), *options[2:], *epochs(20)]
+    alone = run_cli("probe", *options, "--out", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    output = completed(cluster, submit("lama_11b.sh", *options, "--out", tmp_path / "run"))
     assert re.search(r"macro .* 22 ", output), output
-    assert scores(tmp_path / "run") == scores(short)  # ZeRO-3 on two ranks, and one process
+    assert scores(tmp_path / "run") == scores(tmp_path / "alone")  # ZeRO-3 on two ranks, and one process
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["environment"]["world_size"] == 2
     assert read_progress(tmp_path / "run")["state"] == "complete"
