@@ -348,11 +348,12 @@ class Trainer:
         self.step += 1
         if not active:
             return []
-        gradient = prompts.grad if prompts.grad is not None else torch.zeros_like(prompts)
+        gradient = prompts.grad
+        assert gradient is not None  # even of a rank without facts: zeros, from its empty passes
         parts = self.replicas.sum_(gradient, "gradients").split([learner.task.num_pseudo_tokens for learner in active])
         overflows = []
         for learner, part in zip(active, parts, strict=True):
-            overflows.append(learner.loss_scale is not NO_SCALING and not part.isfinite().all())
+            overflows.append(learner.loss_scale != NO_SCALING and not part.isfinite().all())
             part.div_(learner.loss_scale.scale)
             if overflows[-1]:
                 part.zero_()

@@ -189,6 +189,22 @@ def test_float16_skips_steps_that_overflow_and_lowers_the_scale(make_backbone):
     assert [learner.loss_scale.scale for learner in overflowing.learners] == [5e37, 5e37]
 
 
+def test_without_a_loss_scale_a_resumed_run_skips_no_step(make_backbone):
+    """As an uninterrupted one: gradients are looked at for overflows only where the loss is scaled."""
+    first = trainer_for(make_backbone("gpt2"))
+    second = trainer_for(make_backbone("gpt2"))
+    second.restore(first.step, first.stopped_after, first.states().get)
+    for trainer in (first, second):
+
+        def overflowing(prompts, queries, *_):
+            prompts.grad = torch.full_like(prompts, torch.inf)
+            return torch.zeros(len(queries), dtype=torch.float64)
+
+        trainer._pass_losses = overflowing
+        trainer.train_step()
+        assert [learner.skipped for learner in trainer.learners] == [0, 0]
+
+
 def test_loss_scale_grows_after_good_steps_and_has_a_minimum():
     scale = LossScale(scale=4.0, window=2, hysteresis=1)
     assert scale.after_step(False).scale == 4.0
