@@ -130,14 +130,10 @@ def open_streamed(path: Path, layers: int | None = None) -> CausalBackbone:
     model.model.embed_tokens = embedding
     model.model.layers = nn.ModuleList(Streamed(layer) for layer in model.model.layers)
     model.model.layer_norm = Streamed(model.model.layer_norm)
-    head = Streamed(model.lm_head)
-    model.lm_head.forward = lambda hidden: _head(head, hidden)  # keeps the hook that selects the targets
+    rows_of_head = model.lm_head.weight.split(1 << 13)
+    # Replacing only `forward` keeps the hook that selects the targets.
+    model.lm_head.forward = lambda hidden: torch.cat([hidden @ rows.float().T for rows in rows_of_head], dim=1)
     return backbone
-
-
-def _head(head: Streamed, hidden: Tensor) -> Tensor:
-    weight = head.inner.weight
-    return torch.cat([hidden @ rows.float().T for rows in weight.split(1 << 13)], dim=1)
 
 
 def _no_tokenizer(words: int) -> PreTrainedTokenizerFast:

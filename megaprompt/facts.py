@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -45,6 +45,17 @@ class Data:
     name: str
     relations: dict[str, Relation]
     vocabulary: Path | None = None
+
+    def select(self, names: Sequence[str]) -> list[Relation]:
+        """The relations that are asked for; all if no names.
+
+        Raises:
+            UsageError: there is no such relation.
+        """
+        for name in names:
+            if name not in self.relations:
+                raise UsageError(f"--relations {name}: not in {self.name}, which has {', '.join(self.relations)}")
+        return [self.relations[name] for name in names or self.relations]
 
 
 def load_data(spec: str) -> Data:

@@ -46,7 +46,8 @@ _ROWS = re.compile(r"(embed_tokens|output_projection)\.weight|.*\.(q_proj|k_proj
 _COLUMNS = re.compile(r".*\.(out_proj|fc2)\.weight")
 _IGNORED = ("version", "embed_positions._float_tensor")
 _TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-_SAME_SIZE = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16: tensors are copied as integers
+# numpy has no bfloat16: tensors are copied as integers.
+_SAME_SIZE = {2: (torch.int16, np.int16), 4: (torch.int32, np.int32)}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -289,8 +290,7 @@ def _layout(config: FairseqMegatronConfig, dtype: torch.dtype) -> tuple[bytes, d
 @contextmanager
 def _mapped(file: Path, place: _Place, dtype: torch.dtype) -> Iterator[np.ndarray]:
     """A tensor in the file, as integers of its size; its pages leave memory with the block."""
-    kind = {2: np.int16, 4: np.int32}[dtype.itemsize]
-    array = np.memmap(file, kind, "r+", place.offset, place.shape)
+    array = np.memmap(file, _SAME_SIZE[dtype.itemsize][1], "r+", place.offset, place.shape)
     yield array
     array.flush()
     del array
@@ -302,7 +302,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _integers(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().view(_SAME_SIZE[tensor.dtype.itemsize]).numpy()
+    return tensor.contiguous().view(_SAME_SIZE[tensor.dtype.itemsize][0]).numpy()
 
 
 def convert(source: Path, out: Path, *, dtype: str | None = None, tokenizer: bool = True) -> None:
@@ -377,10 +377,11 @@ def convert(source: Path, out: Path, *, dtype: str | None = None, tokenizer: boo
         make_tokenizer(symbols[:words], source, config.max_position_embeddings).save_pretrained(scratch)
     for name in needed:
         shutil.copy(source / name, scratch / name)
-    _verify(file, kind)
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    manifest = {"sha256": {file.name: digest}, "parts": about, "padding_rows_dropped": len(symbols) - words}
+    manifest = {
+        "sha256": {file.name: _verify(file, len(header), places, kind)},
+        "parts": about,
+        "padding_rows_dropped": len(symbols) - words,
+    }
     write_file(scratch / "manifest.json", json.dumps(manifest, indent=1).encode())
     state_file.unlink()
     os.rename(scratch, out)
@@ -455,15 +456,30 @@ def _join_columns(file: Path, place: _Place, parts: int, dtype: torch.dtype, asi
         whole[...] = np.fromfile(aside, whole.dtype).reshape(place.shape)
 
 
-def _verify(file: Path, dtype: torch.dtype) -> None:
-    """Read the result back, some rows at a time, as a user's program will."""
+def _verify(file: Path, start: int, places: Mapping[str, _Place], dtype: torch.dtype) -> str:
+    """Read the result back, once: its header as a user's program will, and its data, from byte `start` on.
+
+    Returns the checksum of the file.
+
+    Raises:
+        MegapromptError: tensors are missing or of another kind, or values are not finite.
+    """
+    wrong = MegapromptError(f"{file} was not written correctly; is the disk in order?")
     with safe_open(file, framework="pt") as probe:
-        names = list(probe.keys())
-    for name in names:
-        with safe_open(file, framework="pt") as probe:  # opened anew, so that its pages are let go
-            for rows in probe.get_tensor(name).split(4096):
-                if rows.dtype != dtype or not _finite(rows):
-                    raise MegapromptError(f"{file}: {name} was not written correctly; is the disk in order?")
+        if set(probe.keys()) != set(places):
+            raise wrong
+        for name, place in places.items():
+            found = probe.get_slice(name)
+            if found.get_dtype() != _TYPES[dtype] or tuple(found.get_shape()) != place.shape:
+                raise wrong
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        digest.update(stream.read(start))
+        while chunk := stream.read(1 << 24):
+            digest.update(chunk)
+            if not _finite(torch.frombuffer(bytearray(chunk), dtype=dtype)):
+                raise wrong
+    return digest.hexdigest()
 
 
 def convert_back(source: Path, out: Path, parts: int) -> None:

@@ -64,10 +64,7 @@ def preflight(config: ProbeConfig) -> None:
     def data() -> str:
         nonlocal relations
         found = load_data(config.data)
-        for name in config.relations:
-            if name not in found.relations:
-                raise UsageError(f"--relations {name}: not in {found.name}, which has {', '.join(found.relations)}")
-        chosen = [found.relations[name] for name in config.relations or found.relations]
+        chosen = found.select(config.relations)
         relations = len(chosen)
         if config.vocab not in ("auto", "none"):
             read_vocabulary(Path(config.vocab))

@@ -143,12 +143,9 @@ def usable_relations(
         UsageError: a relation is unknown.
         MegapromptError: a relation that was asked for has no facts in the data or none that is usable, or none has.
     """
-    for name in names:
-        if name not in data.relations:
-            raise UsageError(f"--relations {name}: not in {data.name}, which has {', '.join(data.relations)}")
     usable: dict[str, UsableRelation] = {}
-    for name in names or data.relations:
-        relation = data.relations[name]
+    for relation in data.select(names):
+        name = relation.id
         found = usable_relation(relation, backbone, vocabulary, limit, seed)
         missing = [split for split in splits if not found.facts[split]]
         if not missing:

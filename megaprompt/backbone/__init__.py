@@ -59,16 +59,20 @@ def load_backbone(
                 directory, dtype=dtype, attn_implementation="sdpa", local_files_only=os.path.isdir(directory)
             )
     except (OSError, ValueError, KeyError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UsageError(
-            f"--backbone {spec}: cannot be loaded ({reason}); give {', '.join(_PACKAGED)}, a transformers directory or "
-            f"hub name of a causal language model, or a .gguf file"
+            f"--backbone {spec}: cannot be loaded ({_reason(error)}); give {', '.join(_PACKAGED)}, a transformers "
+            f"directory or hub name of a causal language model, or a .gguf file"
         ) from error
     backbone = CausalBackbone(model, tokenizer, name=spec)
     if deepspeed is None:
         return backbone.to(torch.device(device))
     shard(backbone, deepspeed)
     return backbone
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what transformers has to say."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def inspect_backbone(spec: str) -> tuple[int, str]:
@@ -82,8 +86,7 @@ def inspect_backbone(spec: str) -> tuple[int, str]:
         config = AutoConfig.from_pretrained(directory)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UsageError(f"--backbone {spec}: cannot be loaded ({reason})") from error
+        raise UsageError(f"--backbone {spec}: cannot be loaded ({_reason(error)})") from error
     text = config.get_text_config()
     about = f"{config.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}, {len(tokenizer)} tokens"
     root = Path(directory)
