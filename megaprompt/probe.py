@@ -28,7 +28,7 @@ from torch import Tensor
 from megaprompt import __version__
 from megaprompt.backbone import CausalBackbone, load_backbone
 from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig
-from megaprompt.distributed.launch import World, join_world
+from megaprompt.distributed.launch import World, joined_world
 from megaprompt.distributed.zero3 import DeepSpeedSettings, read_deepspeed_config
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.evaluation import Predictions, metrics, predict, summarize
@@ -179,7 +179,9 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
         UsageError: an option cannot work.
         MegapromptError: something in the data, on the disk or in training went wrong.
     """
-    world = world or join_world(force=config.deepspeed is not None)
+    if world is None:
+        with joined_world(force=config.deepspeed is not None) as world:
+            return probe(config, world)
     status = ProgressFile(config.out, world.is_main)
     with status.ending():
         return _probe(config, world, status)

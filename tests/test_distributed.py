@@ -158,27 +158,26 @@ FROZEN = """
 import sys, torch, deepspeed
 from pathlib import Path
 from megaprompt.backbone import load_backbone
-from megaprompt.distributed.launch import join_world, leave_world
+from megaprompt.distributed.launch import joined_world
 from megaprompt.distributed.zero3 import read_deepspeed_config, whole
 from megaprompt.training import Hooks, Recipe
 from tests.test_training import trainer_for, allowed
 
-world = join_world(force=True)
-before = dict(load_backbone(sys.argv[1]).named_parameters())
-backbone = load_backbone(sys.argv[1], deepspeed=read_deepspeed_config(Path(sys.argv[2])).sharding)
-trainer = trainer_for(backbone, recipe=Recipe(0.01, 0.0, 1.0, batch_size=4, max_epochs=2, patience=9), world=world)
-owned = {id(p) for l in trainer.learners for g in l.optimizer.param_groups for p in g["params"]}
-trainer.train(allowed(backbone), Hooks())
-assert backbone.engine.optimizer.__class__.__name__ == "DeepSpeedZeRoOffload"
-for name, p in backbone.named_parameters():
-    assert hasattr(p, "ds_id") and not p.requires_grad and p.grad is None and id(p) not in owned, name
-    with whole([p]):
-        assert torch.equal(p, before[name]), name
-for weight in [l.encoder.embedding.weight.detach() for l in trainer.learners]:
-    other = weight.clone()
-    torch.distributed.broadcast(other, 0)
-    assert torch.equal(other, weight), "replicas of the encoder have drifted apart"
-leave_world()
+with joined_world(force=True) as world:
+    before = dict(load_backbone(sys.argv[1]).named_parameters())
+    backbone = load_backbone(sys.argv[1], deepspeed=read_deepspeed_config(Path(sys.argv[2])).sharding)
+    trainer = trainer_for(backbone, recipe=Recipe(0.01, 0.0, 1.0, batch_size=4, max_epochs=2, patience=9), world=world)
+    owned = {id(p) for l in trainer.learners for g in l.optimizer.param_groups for p in g["params"]}
+    trainer.train(allowed(backbone), Hooks())
+    assert backbone.engine.optimizer.__class__.__name__ == "DeepSpeedZeRoOffload"
+    for name, p in backbone.named_parameters():
+        assert hasattr(p, "ds_id") and not p.requires_grad and p.grad is None and id(p) not in owned, name
+        with whole([p]):
+            assert torch.equal(p, before[name]), name
+    for weight in [l.encoder.embedding.weight.detach() for l in trainer.learners]:
+        other = weight.clone()
+        torch.distributed.broadcast(other, 0)
+        assert torch.equal(other, weight), "replicas of the encoder have drifted apart"
 print(f"rank {world.rank} of {world.size} fine")
 """
 
@@ -186,22 +185,21 @@ MEMORY = """
 import os, resource, sys, torch
 from pathlib import Path
 from megaprompt.backbone import load_backbone
-from megaprompt.distributed.launch import join_world, leave_world
+from megaprompt.distributed.launch import joined_world
 from megaprompt.distributed.zero3 import read_deepspeed_config
 from megaprompt.packing import pack
 from megaprompt.template import Query
 
-world = join_world(force=True)
-config = read_deepspeed_config(Path(sys.argv[2])).sharding
-load_backbone(sys.argv[1], deepspeed=config)  # imports, operators, thread pools
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
-backbone = load_backbone(sys.argv[3], deepspeed=config)
-backbone(pack([Query((1, 2, 3), 2)], 64))
-grown = peak() - before
-size = sum(p.ds_numel * p.element_size() for p in backbone.parameters())
-leave_world()
+with joined_world(force=True) as world:
+    config = read_deepspeed_config(Path(sys.argv[2])).sharding
+    load_backbone(sys.argv[1], deepspeed=config)  # imports, operators, thread pools
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak()
+    backbone = load_backbone(sys.argv[3], deepspeed=config)
+    backbone(pack([Query((1, 2, 3), 2)], 64))
+    grown = peak() - before
+    size = sum(p.ds_numel * p.element_size() for p in backbone.parameters())
 print(f"grown {grown / size:.3f}")
 """
 

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from megaprompt.distributed.launch import Launch, find_launch
+from megaprompt.distributed.launch import Launch, find_launch, joined_world
 from megaprompt.errors import UsageError
 
 BIN = Path(sys.executable).parent
@@ -55,6 +56,20 @@ def without(environ, *names):
 )
 def test_place_in_the_world(environ, expected):
     assert find_launch(environ)[:3] == expected
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_world_that_was_left_leaves_no_trace(monkeypatch, wrong):
+    """Else every process started afterwards would take itself for the only rank."""
+    if wrong:
+        monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: 1 / 0)
+    before = dict(os.environ)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), joined_world(force=True) as world:
+            assert (os.environ["WORLD_SIZE"], world.size, dist.is_initialized()) == ("1", 1, True)
+            raise ZeroDivisionError
+        assert dict(os.environ) == before
+        assert not dist.is_initialized()
 
 
 def test_address_of_a_slurm_step():

@@ -1,7 +1,7 @@
 """Who this process is among the processes of a run, and the few things that they tell each other.
 
 What started the processes is found out from the environment: torchrun, the deepspeed launcher (both set RANK and the
-rest), mpirun, a Slurm step (srun), or nothing. Once joined, RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+rest), mpirun, a Slurm step (srun), or nothing. While joined, RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
 MASTER_PORT are set in each case, which is what PyTorch and DeepSpeed read.
 """
 
@@ -214,16 +214,7 @@ def _free_port() -> int:
 # -------------------------------------------------------------------------------------------------------------- joining
 
 
-def join_world(force: bool = False) -> World:
-    """Join the processes that were started together; alone if this one was started alone.
-
-    Args:
-        force: make a process group even for a single process, which DeepSpeed needs.
-
-    Raises:
-        UsageError: the environment's variables are incomplete or contradict each other.
-        MegapromptError: the processes cannot find each other.
-    """
+def _join(force: bool) -> World:
     launch = find_launch()
     device = torch.device("cpu")
     local_rank = launch.local_rank
@@ -238,13 +229,8 @@ def join_world(force: bool = False) -> World:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if launch.size > 1 or force:
-        os.environ.update(
-            RANK=str(launch.rank),
-            WORLD_SIZE=str(launch.size),
-            LOCAL_RANK=str(local_rank),
-            MASTER_ADDR=launch.address,
-            MASTER_PORT=str(launch.port),
-        )
+        values = (launch.rank, launch.size, local_rank, launch.address, launch.port)
+        os.environ.update(zip(_VARIABLES, map(str, values), strict=True))
         try:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT)
         except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
@@ -257,13 +243,19 @@ def join_world(force: bool = False) -> World:
 
 @contextmanager
 def joined_world(force: bool = False) -> Iterator[World]:
-    """`join_world` for a block, and `leave_world` after it; says so if another rank has gone meanwhile.
+    """Join the processes that were started together, for a block; alone if this one was started alone.
+
+    Args:
+        force: make a process group even for a single process, which DeepSpeed needs.
 
     Raises:
-        MegapromptError: this rank is well, but another one has died or does not answer any more.
+        UsageError: the environment's variables are incomplete or contradict each other.
+        MegapromptError: the processes cannot find each other, or another one has died or does not answer any more.
     """
-    world = join_world(force)
+    environment = {name: os.environ.get(name) for name in _VARIABLES}
+    world = World()
     try:
+        world = _join(force)
         yield world
     except RuntimeError as error:
         if world.size == 1 or not any(sign in str(error) for sign in _LOST):
@@ -273,8 +265,17 @@ def joined_world(force: bool = False) -> Iterator[World]:
             f"words, then continue with --resume ({_first_line(error)})"
         ) from error
     finally:
-        leave_world()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name, value in environment.items():  # a process that we start later is not one of these ranks
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What PyTorch and DeepSpeed read."""
 
 _LOST = (
     "closed by peer",
@@ -291,9 +292,3 @@ _LOST = (
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def leave_world() -> None:
-    """Close the connections to the other ranks, if there are any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
