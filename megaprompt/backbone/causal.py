@@ -1,4 +1,4 @@
-"""A frozen causal language model that computes packed batches. Any transformers causal LM with 4D masks will do."""
+"""Causal language models as backbones. Any transformers causal LM that takes 4D masks will do."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from megaprompt.backbone.packed import PackedModel
 from megaprompt.distributed.zero3 import whole
 from megaprompt.errors import MegapromptError
-from megaprompt.packing import PackedBatch, pack
+from megaprompt.packing import pack
 from megaprompt.prompt_encoder import EmbeddingStatistics
 from megaprompt.template import Query, TextEncoder
 
 _WORD = "a"  # what stands before text that is encoded as a continuation
 
 
-class CausalBackbone(nn.Module):
-    """A causal language model without gradients or dropout, computed on packed batches.
+class CausalBackbone(PackedModel):
+    """A causal language model with its tokenizer; frozen, unless it is to be fine-tuned.
 
     `model` is the transformers model; `backbone(batch, prompts)` gives the logits at the batch's targets. Sharding
     (`megaprompt.distributed.zero3`) hooks into this module, so callers need not know whether it is sharded.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        super().__init__()
-        _fuse_rms_norms(model)
-        self.model = model.eval().requires_grad_(False)
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, trainable: bool = False
+    ) -> None:
+        super().__init__(model, trainable)
         self.tokenizer = tokenizer
         self.name = name
         weights = cast(nn.Parameter, model.get_input_embeddings().weight)
@@ -39,42 +40,6 @@ class CausalBackbone(nn.Module):
             self.embedding_statistics = _statistics(weights.detach())
         self.vocabulary_size: int = min(len(tokenizer), model.get_output_embeddings().out_features)
         self.fingerprint = fingerprint(model)
-        self._targets: Tensor | None = None
-        # The output layer is by far the widest: feed it the targets, not every position. Going through the model's own
-        # head keeps whatever it does to the logits afterwards (scaling, soft caps).
-        model.get_output_embeddings().register_forward_pre_hook(self._select_targets)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    def _select_targets(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._targets is None:
-            return None
-        return (inputs[0].flatten(0, 1).index_select(0, self._targets), *inputs[1:])
-
-    def forward(self, batch: PackedBatch, prompts: Tensor | None = None) -> Tensor:
-        """Logits [N targets, vocabulary] of a packed batch.
-
-        Args:
-            batch: see `megaprompt.packing`; on this backbone's device.
-            prompts: prompt matrix [P, hidden size] that the batch's pseudo tokens index; may require a gradient.
-        """
-        embeddings = self.model.get_input_embeddings()(batch.token_ids)  # [R, T, H]
-        if prompts is not None:  # even where there are none to place: an empty pass must run backward with the others
-            vectors = prompts.index_select(0, batch.pseudo_indices).to(embeddings.dtype)
-            embeddings = embeddings.flatten(0, 1).index_copy(0, batch.pseudo_positions, vectors).view_as(embeddings)
-        self._targets = batch.targets
-        try:
-            output = self.model(
-                inputs_embeds=embeddings,
-                attention_mask=batch.attention_mask(),
-                position_ids=batch.position_ids,
-                use_cache=False,
-            )
-        finally:
-            self._targets = None
-        return output.logits
 
     # ---------------------------------------------------------------------------------------------------- tokenization
 
@@ -139,26 +104,6 @@ def _statistics(embeddings: Tensor) -> EmbeddingStatistics:
     mean = embeddings.mean(0, dtype=torch.float32)
     squares = sum((rows.float() - mean).square().sum().item() for rows in embeddings.split(1 << 12))
     return EmbeddingStatistics(mean, (squares / embeddings.numel()) ** 0.5)
-
-
-@torch.no_grad()
-def _fuse_rms_norms(model: PreTrainedModel) -> None:
-    """Replace the RMS norms that transformers writes as six operations by PyTorch's single one, where it is the same.
-
-    A step of a small model spends a tenth of its time on them. In float64 it is also more exact: transformers' norms
-    round to float32 inside. Norms that compute anything else, or round elsewhere (half precision), are left alone.
-    """
-    for name, norm in list(model.named_modules()):
-        weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
-        if not isinstance(eps, float) or weight is None or weight.dtype not in (torch.float32, torch.float64):
-            continue
-        if weight.dim() != 1 or not weight.numel():  # sharded: its values are elsewhere
-            continue
-        fused = nn.RMSNorm(len(weight), eps, device=weight.device, dtype=weight.dtype)
-        fused.weight = norm.weight
-        x = torch.linspace(-3, 5, 2 * len(weight), dtype=weight.dtype, device=weight.device).view(2, -1)
-        if torch.allclose(fused(x), norm(x), rtol=1e-5, atol=1e-6):
-            model.set_submodule(name, fused)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
