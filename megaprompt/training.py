@@ -23,12 +23,12 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from megaprompt.backbone import CausalBackbone
@@ -87,6 +87,11 @@ RECIPES = {
 """`paper` is what the code of the paper sets; `fast` was chosen on dev (see the README)."""
 
 
+def new_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Adam:
+    """Adam as the recipe has it."""
+    return torch.optim.Adam(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+
+
 @dataclass(frozen=True)
 class Examples:
     """Queries and the token ids of their objects."""
@@ -108,15 +113,123 @@ class Task:
     dev: Examples
 
 
-class _Learner:
-    """One relation while it is trained: its encoder, optimizer, place in the data, and best prompts so far."""
+def backward_passes(
+    backbone: CausalBackbone,
+    prompts: Tensor | None,
+    queries: Sequence[Query],
+    objects: Sequence[int],
+    weights: Tensor,
+    backward: Callable[[Tensor, bool], None],
+    *,
+    world: World,
+    everyone: World,
+    size: PassSize,
+) -> Tensor:
+    """The losses [Q] of all queries, after running `backward` on their weighted sum, pass by pass.
+
+    Args:
+        prompts: prompt matrix that the queries' pseudo tokens index.
+        weights: [Q] float64.
+        backward: gets the weighted loss of each pass of this rank, and whether it is the last one.
+        world: the ranks that share these queries.
+        everyone: all ranks that hold the backbone together; they make the same number of passes.
+    """
+    losses = torch.zeros(len(queries), dtype=torch.float64)
+    passes = padded(my_passes(queries, world, size), everyone)
+    for number, indices in enumerate(passes, start=1):
+        batch = pack([queries[i] for i in indices], size.row_tokens).to(backbone.device)
+        logits = backbone(batch, prompts)
+        gold = torch.tensor([objects[i] for i in indices], dtype=torch.int64, device=logits.device)
+        rows = logits.index_select(0, batch.target_of_query)
+        if rows.dtype in (torch.float16, torch.bfloat16):
+            rows = rows.float()
+        loss = cross_entropy(rows, gold, reduction="none")
+        backward((loss * weights[indices].to(loss)).sum(), number == len(passes))
+        losses[indices] = loss.detach().double().cpu()
+    return world.sum_(losses, "losses")
+
+
+class Course:
+    """Where one relation is in its training: place in the data, epochs, best score on dev, early stopping."""
+
+    def __init__(self, task: Task, recipe: Recipe, seed: int) -> None:
+        self.task, self.recipe, self.seed = task, recipe, seed
+        self.skipped = 0  # steps whose gradients overflowed
+        self.epoch = 0  # finished epochs
+        self.cursor = 0  # facts of the current epoch that were used
+        self.step = 0  # finished optimizer steps
+        self.epoch_loss = 0.0  # sum over them
+        self.best: dict[str, Any] = {"p_at_1": -1.0, "mrr": -1.0, "epoch": 0}
+        self.improved_in = 0  # the last epoch with a better P@1
+        self.active = recipe.max_epochs > 0
+
+    def next_batch(self) -> list[int]:
+        """Indices of the next training facts; the order is a function of (seed, relation, epoch)."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.task.relation, "epoch", self.epoch))
+        order = torch.randperm(len(self.task.train), generator=generator)
+        batch = order[self.cursor : self.cursor + self.recipe.batch_size].tolist()
+        self.cursor += len(batch)
+        return batch
+
+    @property
+    def learning_rate(self) -> float:
+        return self.recipe.rate(len(self.task.train), self.epoch, self.step)
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.steps(len(self.task.train))
+
+    @property
+    def epoch_is_over(self) -> bool:
+        return self.cursor >= len(self.task.train) or self.step >= self.steps
+
+    def add_loss(self, losses: Tensor) -> str | None:
+        """Take the losses of a batch; returns what is wrong with them, if anything."""
+        loss = losses.mean().item()
+        self.epoch_loss += loss * len(losses)
+        if math.isfinite(loss):
+            return None
+        return (
+            f"the loss of {self.task.relation} is {loss} in step {self.step + 1}; lower the learning rate (it is "
+            f"{self.learning_rate:g}), or --dtype float32"
+        )
+
+    def end_epoch(self, scores: Mapping[str, float]) -> dict[str, Any]:
+        """Take the dev scores of the epoch that is over; returns the line for the log."""
+        rate = self.learning_rate
+        self.epoch += 1
+        better = scores["p_at_1"] > self.best["p_at_1"]
+        if better:
+            self.improved_in = self.epoch
+        # Among equal P@1, which are frequent on few facts, the better ranking is kept; only P@1 counts for patience.
+        if (scores["p_at_1"], scores["mrr"]) > (self.best["p_at_1"], self.best["mrr"]):
+            better = True
+            self.best = {**scores, "epoch": self.epoch}
+        line = {
+            "relation": self.task.relation,
+            "epoch": self.epoch,
+            "train_loss": self.epoch_loss / self.cursor,
+            "dev_p_at_1": scores["p_at_1"],
+            "dev_mrr": scores["mrr"],
+            "best": better,
+            "learning_rate": rate,
+            "skipped_steps": self.skipped,
+        }
+        self.cursor, self.epoch_loss = 0, 0.0
+        stale = self.epoch - self.improved_in
+        self.active = self.step < self.steps and stale < self.recipe.patience
+        return line
+
+
+class _Learner(Course):
+    """One relation while its prompt is trained: its course, encoder, optimizer, and best prompts so far."""
 
     def __init__(
         self, task: Task, backbone: CausalBackbone, kind: EncoderKind, recipe: Recipe, seed: int, scale: LossScale
     ) -> None:
-        self.task, self.recipe, self.seed = task, recipe, seed
+        super().__init__(task, recipe, seed)
+        self.best["prompts"] = None
         self.loss_scale = scale
-        self.skipped = 0  # steps whose gradients overflowed
         # Single precision whatever the backbone's, except that a double-precision backbone asks for the same.
         dtype = torch.float64 if backbone.model.dtype == torch.float64 else torch.float32
         self.encoder = new_prompt_encoder(
@@ -128,24 +241,7 @@ class _Learner:
             near=backbone.embedding_statistics if recipe.start_near_embeddings else None,
             dtype=dtype,
         ).to(backbone.device)
-        self.optimizer = torch.optim.Adam(
-            self.encoder.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-        )
-        self.epoch = 0  # finished epochs
-        self.cursor = 0  # facts of the current epoch that were used
-        self.step = 0  # finished optimizer steps
-        self.epoch_loss = 0.0  # sum over them
-        self.best: dict[str, Any] = {"p_at_1": -1.0, "mrr": -1.0, "epoch": 0, "prompts": None}
-        self.improved_in = 0  # the last epoch with a better P@1
-        self.active = recipe.max_epochs > 0
-
-    def next_batch(self) -> list[int]:
-        """Indices of the next training facts; the order is a function of (seed, relation, epoch)."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.task.relation, "epoch", self.epoch))
-        order = torch.randperm(len(self.task.train), generator=generator)
-        batch = order[self.cursor : self.cursor + self.recipe.batch_size].tolist()
-        self.cursor += len(batch)
-        return batch
+        self.optimizer = new_optimizer(self.encoder.parameters(), recipe)
 
     def update(self) -> None:
         """One step of Adam on the gradients that the encoder's parameters hold."""
@@ -164,43 +260,10 @@ class _Learner:
         self.loss_scale = self.loss_scale.after_step(overflow)
         self.step += 1
 
-    @property
-    def learning_rate(self) -> float:
-        return self.recipe.rate(len(self.task.train), self.epoch, self.step)
-
-    @property
-    def steps(self) -> int:
-        return self.recipe.steps(len(self.task.train))
-
-    @property
-    def epoch_is_over(self) -> bool:
-        return self.cursor >= len(self.task.train) or self.step >= self.steps
-
-    def end_epoch(self, scores: Mapping[str, float], prompts: Tensor) -> dict[str, Any]:
-        """Take the dev scores of the epoch that is over; returns the line for the log."""
-        rate = self.learning_rate
-        self.epoch += 1
-        better = scores["p_at_1"] > self.best["p_at_1"]
-        if better:
-            self.improved_in = self.epoch
-        # Among equal P@1, which are frequent on few facts, the better ranking is kept; only P@1 counts for patience.
-        if (scores["p_at_1"], scores["mrr"]) > (self.best["p_at_1"], self.best["mrr"]):
-            better = True
-            self.best = {**scores, "epoch": self.epoch, "prompts": prompts.detach().cpu().clone()}
-        line = {
-            "relation": self.task.relation,
-            "epoch": self.epoch,
-            "train_loss": self.epoch_loss / self.cursor,
-            "dev_p_at_1": scores["p_at_1"],
-            "dev_mrr": scores["mrr"],
-            "best": better,
-            "learning_rate": rate,
-            "skipped_steps": self.skipped,
-        }
-        self.cursor, self.epoch_loss = 0, 0.0
-        stale = self.epoch - self.improved_in
-        self.active = self.step < self.steps and stale < self.recipe.patience
-        return line
+    def keep_best(self, prompts: Tensor) -> None:
+        """Keep the prompts of the epoch that has just ended, if it was the best so far."""
+        if self.best["epoch"] == self.epoch:
+            self.best["prompts"] = prompts.detach().cpu().clone()
 
     def result(self) -> Learned:
         """The best prompts on dev."""
@@ -316,21 +379,6 @@ class Trainer:
             offset += learner.task.num_pseudo_tokens
         return queries, objects
 
-    def _pass_losses(self, prompts: Tensor, queries: list[Query], objects: list[int], weights: Tensor) -> Tensor:
-        """The losses [Q] of the queries, summed over ranks; `prompts.grad` gets the gradient of their weighted sum."""
-        losses = torch.zeros(len(queries), dtype=torch.float64)
-        for indices in padded(my_passes(queries, self.replicas, self.size), self.everyone):
-            batch = pack([queries[i] for i in indices], self.size.row_tokens).to(prompts.device)
-            logits = self.backbone(batch, prompts)
-            gold = torch.tensor([objects[i] for i in indices], dtype=torch.int64, device=prompts.device)
-            rows = logits.index_select(0, batch.target_of_query)
-            if rows.dtype in (torch.float16, torch.bfloat16):
-                rows = rows.float()
-            loss = cross_entropy(rows, gold, reduction="none")
-            (loss * weights[indices].to(loss)).sum().backward()
-            losses[indices] = loss.detach().double().cpu()
-        return self.replicas.sum_(losses, "losses")
-
     def train_step(self) -> list[_Learner]:
         """One optimizer step for every active relation; returns this group's relations whose epoch is over."""
         active = [learner for learner in self.learners if learner.active]
@@ -344,7 +392,17 @@ class Trainer:
             prompts = outputs.detach().requires_grad_()
         else:  # this group has finished, but its part of the backbone is still needed
             prompts = torch.zeros(1, self.backbone.hidden_size, device=self.backbone.device, requires_grad=True)
-        losses = self._pass_losses(prompts, queries, objects, weights)
+        losses = backward_passes(
+            self.backbone,
+            prompts,
+            queries,
+            objects,
+            weights,
+            lambda loss, last: loss.backward(),
+            world=self.replicas,
+            everyone=self.everyone,
+            size=self.size,
+        )
         self.step += 1
         if not active:
             return []
@@ -360,14 +418,8 @@ class Trainer:
         outputs.backward(gradient)
         start = 0
         for (learner, _, batch), overflow in zip(picks, overflows, strict=True):
-            loss = losses[start : start + len(batch)].mean().item()
+            self._failure = learner.add_loss(losses[start : start + len(batch)]) or self._failure
             start += len(batch)
-            if not math.isfinite(loss):
-                self._failure = (
-                    f"the loss of {learner.task.relation} is {loss} in step {self.step}; lower --learning-rate "
-                    f"(it is {learner.learning_rate:g}), or use --dtype float32"
-                )
-            learner.epoch_loss += loss * len(batch)
             learner.end_step(overflow)
             if overflow:
                 logger.info(
@@ -397,7 +449,8 @@ class Trainer:
         parts = rank.split([len(learner.task.dev) for learner in learners])
         lines = []
         for learner, part, prompts in zip(learners, parts, outputs, strict=True):
-            line = learner.end_epoch(metrics(part), prompts)
+            line = learner.end_epoch(metrics(part))
+            learner.keep_best(prompts)
             lines.append({"time": time.time(), "step": self.step, **line, "stopped": not learner.active})
         everywhere = self.everyone.gather(lines if self.replicas.rank == 0 else [])
         lines = sorted(

@@ -132,7 +132,7 @@ BAD_OPTIONS = {
     "negative": (["--learning-rate", "-1"], 2, "--learning-rate -1"),
     "zero": (["--limit-facts", "0"], 2, "--limit-facts 0"),
     "missing vocabulary": (["--vocab", "nowhere.txt"], 2, "--vocab nowhere.txt: cannot be read"),
-    "not a number": (["--learning-rate", "1e30"], 1, "lower --learning-rate"),
+    "not a number": (["--learning-rate", "1e30"], 1, "lower the learning rate"),
     "missing DeepSpeed configuration": (["--deepspeed", "nowhere.json"], 2, "--deepspeed nowhere.json: cannot be read"),
     "nothing to resume": (["--resume"], 2, "holds no run"),
 }

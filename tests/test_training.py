@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+from megaprompt import training
 from megaprompt.distributed.launch import World
 from megaprompt.distributed.schedule import assign
 from megaprompt.errors import MegapromptError
@@ -159,7 +160,7 @@ def test_loss_that_is_not_a_number_stops_with_advice(make_backbone):
     backbone = make_backbone("gpt2")
     with torch.no_grad():
         backbone.model.transformer.ln_f.weight.fill_(float("nan"))
-    with pytest.raises(MegapromptError, match=r"loss of P\d+ is nan in step 1; lower --learning-rate"):
+    with pytest.raises(MegapromptError, match=r"loss of P\d+ is nan in step 1; lower the learning rate"):
         learn(backbone)
 
 
@@ -189,18 +190,18 @@ def test_float16_skips_steps_that_overflow_and_lowers_the_scale(make_backbone):
     assert [learner.loss_scale.scale for learner in overflowing.learners] == [5e37, 5e37]
 
 
-def test_without_a_loss_scale_a_resumed_run_skips_no_step(make_backbone):
+def test_without_a_loss_scale_a_resumed_run_skips_no_step(make_backbone, monkeypatch):
     """As an uninterrupted one: gradients are looked at for overflows only where the loss is scaled."""
     first = trainer_for(make_backbone("gpt2"))
     second = trainer_for(make_backbone("gpt2"))
     second.restore(first.step, first.stopped_after, first.states().get)
     for trainer in (first, second):
 
-        def overflowing(prompts, queries, *_):
+        def overflowing(backbone, prompts, queries, *_, **__):
             prompts.grad = torch.full_like(prompts, torch.inf)
             return torch.zeros(len(queries), dtype=torch.float64)
 
-        trainer._pass_losses = overflowing
+        monkeypatch.setattr(training, "backward_passes", overflowing)
         trainer.train_step()
         assert [learner.skipped for learner in trainer.learners] == [0, 0]
 
