@@ -32,7 +32,7 @@ Names = Annotated[
 """Several names, separated by commas on the command line."""
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-METHODS = ("manual", "p-tuning")
+METHODS = ("manual", "p-tuning", "fine-tuning", "manual+fine-tuning")
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class ProbeConfig:
     """geonames (packaged), or a directory in the LAMA layout."""
     out: Path = Path("runs/probe")
     """Directory of this run. It must not hold another run."""
-    methods: Names = METHODS
-    """What to compare: manual, p-tuning. The majority object is always reported beside them."""
+    methods: Names = ("manual", "p-tuning")
+    """What to compare: manual, p-tuning, fine-tuning (of the whole model, on the subject alone), manual+fine-tuning (of
+    the whole model, on the manual prompt). The majority object is always reported beside them."""
     relations: Names = ()
     """Wikidata ids such as P36,P30. All relations of the data if not given."""
     vocab: str = "auto"
@@ -71,6 +72,9 @@ class ProbeConfig:
     """Train each relation for at most so many steps; the learning rate then falls linearly to zero."""
     patience: int | None = None
     """Stop a relation after so many epochs without a better P@1 on dev."""
+    fine_tuning_rate: float = 5e-6
+    """Adam's learning rate of the two methods that fine-tune. They take batch size, epochs, steps and patience from the
+    options above where these are given, and otherwise from the paper's code."""
     seed: int = 0
     """Everything random follows from this number."""
     dtype: Dtype | None = None
@@ -95,12 +99,24 @@ class ProbeConfig:
         Raises:
             UsageError: a value makes no sense.
         """
-        names = ("learning_rate", "weight_decay", "batch_size", "max_epochs", "max_steps", "patience")
+        given = self._given("learning_rate", "weight_decay", "batch_size", "max_epochs", "max_steps", "patience")
+        return dataclasses.replace(RECIPES[self.recipe], **given)
+
+    def fine_tuning_recipe(self) -> Recipe:
+        """The recipe of the methods that fine-tune.
+
+        Raises:
+            UsageError: a value makes no sense.
+        """
+        given = self._given("fine_tuning_rate", "batch_size", "max_epochs", "max_steps", "patience")
+        return dataclasses.replace(RECIPES["paper"], learning_rate=given.pop("fine_tuning_rate"), **given)
+
+    def _given(self, *names: str) -> dict[str, Any]:
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         for name, value in given.items():
             if value < 0 or (value == 0 and name != "weight_decay"):
                 raise UsageError(f"--{name.replace('_', '-')} {value}: give a number above 0")
-        return dataclasses.replace(RECIPES[self.recipe], **given)
+        return given
 
     def __post_init__(self) -> None:
         for method in self.methods:

@@ -7,6 +7,7 @@ results = probe(ProbeConfig(relations=("P36", "P30"), out=Path("runs/two")))
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import logging
 import platform
@@ -33,14 +34,15 @@ from megaprompt.distributed.zero3 import DeepSpeedSettings, read_deepspeed_confi
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.evaluation import Predictions, metrics, predict, summarize
 from megaprompt.facts import SPLITS, Data, Fact, Relation, Split, load_data, read_vocabulary
+from megaprompt.fine_tuning import FineTuner
 from megaprompt.loss_scale import NO_SCALING
 from megaprompt.packing import PassSize
-from megaprompt.progress import ProgressFile, progress
+from megaprompt.progress import ProgressFile, Update, progress
 from megaprompt.prompt_encoder import seed_of
 from megaprompt.report import write_report
 from megaprompt.run_directory import RunDirectory, SavedPrompt, load_prompts
 from megaprompt.template import DEFAULT_CAUSAL, Template
-from megaprompt.training import Examples, Hooks, Learned, Task, Trainer
+from megaprompt.training import Examples, Hooks, Learned, Recipe, Task, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -203,17 +205,19 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
     if None not in (config.dtype, deepspeed.dtype) and getattr(torch, config.dtype or "") != deepspeed.dtype:
         raise UsageError(f"--dtype {config.dtype}: {config.deepspeed} says {deepspeed.dtype}; leave one of them out")
     dtype = deepspeed.dtype or dtype_of(config.dtype, world.device)
+    fine_tuning = [method for method in config.methods if method in FINE_TUNING]
+    if fine_tuning:
+        _check_fine_tuning(config, deepspeed)
     backbone = load_backbone(config.backbone, dtype, world.device, deepspeed.sharding)
     backbone.check_packing()
     vocabulary = load_vocabulary(config.vocab, data, backbone)
-    learns = "p-tuning" in config.methods
     template.render("subject", backbone.text_encoder())  # finds a template that does not suit the backbone
     relations = usable_relations(
         data,
         backbone,
         vocabulary,
         names=config.relations,
-        splits=SPLITS if learns else ("test",),
+        splits=SPLITS if "p-tuning" in config.methods or fine_tuning else ("test",),
         limit=config.limit_facts,
         seed=config.seed,
     )
@@ -240,31 +244,35 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         raise MegapromptError(
             f"--resume: the weights of {backbone.name} are not those that {run.path} was started with"
         )
-    size = PassSize(config.row_tokens, config.pass_tokens)
-    job = _Job(config, world, run, backbone, vocabulary, relations, results, size, status)
+    job = _Job(config, world, run, deepspeed, backbone, vocabulary, relations, results, status)
+    del backbone  # a job that fine-tunes lets go of it
     if "manual" in config.methods and "manual" not in results["methods"]:
         job.manual()
         job.save()
-    if learns and "p-tuning" not in results["methods"]:
-        trainer = Trainer(
-            backbone,
-            [
-                Task(name, template.num_pseudo_tokens, *(r.examples(s, template, backbone) for s in ("train", "dev")))
-                for name, r in relations.items()
-            ],
-            recipe,
-            encoder=config.encoder,
-            seed=config.seed,
-            size=job.size,
-            world=world,
-            groups=config.relation_groups,
-            loss_scale=deepspeed.loss_scale if dtype == torch.float16 else NO_SCALING,
-        )
-        job.p_tuning(template, job.learn(trainer, data))
+    if "p-tuning" in config.methods and "p-tuning" not in results["methods"]:
+        job.p_tuning(template, recipe)
+        job.save()
+    for method in fine_tuning:
+        if method not in results["methods"]:
+            job.fine_tuning(method)
     results["complete"] = True
     job.save()
     world.barrier()
     return results
+
+
+FINE_TUNING = ("fine-tuning", "manual+fine-tuning")
+_SUBJECT_ALONE = Template.parse("[X] [Y]")
+
+
+def _check_fine_tuning(config: ProbeConfig, deepspeed: DeepSpeedSettings) -> None:
+    """See that weights that are trained have float32 masters: steps of 5e-6 vanish in half precision."""
+    half = config.dtype in ("float16", "bfloat16") or deepspeed.dtype is not None
+    if half and deepspeed.sharding is None:
+        raise UsageError(
+            "--methods fine-tuning in half precision needs ZeRO-3's float32 copies of the weights: give --deepspeed "
+            "ds_configs/zero3_bf16.json, or --dtype float32 (the default for fine-tuning without --deepspeed)"
+        )
 
 
 def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
@@ -279,12 +287,16 @@ class _Job:
     config: ProbeConfig
     world: World
     run: RunDirectory
+    deepspeed: DeepSpeedSettings
     backbone: CausalBackbone
     vocabulary: Vocabulary
     relations: dict[str, UsableRelation]
     results: dict[str, Any]
-    size: PassSize
     status: ProgressFile
+
+    @property
+    def size(self) -> PassSize:
+        return PassSize(self.config.row_tokens, self.config.pass_tokens)
 
     def save(self) -> None:
         """Write the results so far, and the report."""
@@ -297,20 +309,32 @@ class _Job:
         """Score the prompts that came with the data."""
         self.status.phase("manual")
         start = time.monotonic()
-        templates = {}
-        for name, usable in self.relations.items():
-            if usable.relation.template is None:
-                raise MegapromptError(
-                    f"relation {name} has no manual prompt: add it to relations.jsonl, or use --methods p-tuning"
-                )
-            templates[name] = Template.parse(usable.relation.template)
+        templates = {name: self.manual_template(name) for name in self.relations}
         rows = {}
         for name, template in templates.items():
             dev = self.score(name, template, None, "dev").rank
             rows[name] = self._row(name, template, dev_p_at_1=metrics(dev)["p_at_1"] if len(dev) else None)
         self.finish("manual", rows, {name: self.score(name, t, None, "test") for name, t in templates.items()}, start)
 
-    def learn(self, trainer: Trainer, data: Data) -> dict[str, Learned]:
+    def manual_template(self, name: str) -> Template:
+        """The prompt that came with the data.
+
+        Raises:
+            MegapromptError: there is none for this relation.
+        """
+        text = self.relations[name].relation.template
+        if text is None:
+            raise MegapromptError(
+                f"relation {name} has no manual prompt: add it to relations.jsonl, or use --methods p-tuning"
+            )
+        return Template.parse(text)
+
+    def task(self, name: str, template: Template) -> Task:
+        """The facts to learn a relation from."""
+        train, dev = (self.relations[name].examples(split, template, self.backbone) for split in ("train", "dev"))
+        return Task(name, template.num_pseudo_tokens, train, dev)
+
+    def learn(self, trainer: Trainer) -> dict[str, Learned]:
         """Train prompts, with checkpoints, log and progress; saves the best of each relation."""
         run, world = self.run, self.world
         seconds, log_size = 0.0, 0  # before this process started
@@ -379,8 +403,21 @@ class _Job:
                 ).save(run.path / "prompts" / f"{name}.safetensors")
         return learned
 
-    def p_tuning(self, template: Template, learned: Mapping[str, Learned]) -> None:
-        """Score learned prompts on test."""
+    def p_tuning(self, template: Template, recipe: Recipe) -> None:
+        """Learn prompts, and score the best of each relation on test."""
+        half = self.backbone.model.dtype == torch.float16
+        trainer = Trainer(
+            self.backbone,
+            [self.task(name, template) for name in self.relations],
+            recipe,
+            encoder=self.config.encoder,
+            seed=self.config.seed,
+            size=self.size,
+            world=self.world,
+            groups=self.config.relation_groups,
+            loss_scale=self.deepspeed.loss_scale if half else NO_SCALING,
+        )
+        learned = self.learn(trainer)
         self.status.phase("test")
         start = time.monotonic()
         rows, predictions = {}, {}
@@ -388,6 +425,62 @@ class _Job:
             rows[name] = self._row(name, template, dev_p_at_1=found.dev["p_at_1"], epochs=found.epochs)
             predictions[name] = self.score(name, template, found.prompts.to(self.backbone.device), "test")
         self.finish("p-tuning", rows, predictions, start)
+
+    def fine_tuning(self, method: str) -> None:
+        """Train the whole model on each relation, and score the best model on test.
+
+        The weights are not kept. What is known of a relation is written down as soon as it is done.
+        """
+        sharded = self.deepspeed.sharding is not None
+        dtype = self.backbone.model.dtype if sharded or self.config.dtype else torch.float32
+        deepspeed = self.deepspeed.for_training(dtype)
+        rows = self.results.setdefault("unfinished", {}).setdefault(method, {})
+        start = time.monotonic()
+        for number, name in enumerate(self.relations, start=1):
+            if name in rows:
+                continue
+            del self.backbone  # before the next one is loaded
+            gc.collect()
+            self.backbone = load_backbone(self.config.backbone, dtype, self.world.device, deepspeed, trainable=True)
+            template = self.manual_template(name) if method == "manual+fine-tuning" else _SUBJECT_ALONE
+            task = self.task(name, template)
+            tuner = FineTuner(
+                self.backbone,
+                task,
+                self.config.fine_tuning_recipe(),
+                seed=self.config.seed,
+                size=self.size,
+                world=self.world,
+                deepspeed=deepspeed,
+            )
+            self.status.phase(f"{method} {name}")
+            title = f"{method} {name} ({number} of {len(self.relations)})"
+            with _stop_signals() as should_stop, progress(title, len(task.train), self.world.is_main) as update:
+
+                def log(line: dict[str, Any]) -> None:
+                    if self.world.is_main:
+                        self.run.append_log({"method": method, **line})
+
+                def show(done: int, total: int, step: int, update: Update = update) -> None:
+                    update(done, total)
+                    self.status.facts(done, total, step)
+
+                def keep(name: str = name, template: Template = template) -> Predictions:
+                    return self.score(name, template, None, "test")
+
+                hooks = Hooks(log=log, progress=show, should_stop=should_stop)
+                found = tuner.train(self.vocabulary.allowed, hooks, keep)
+            row = self._row(name, template, dev_p_at_1=tuner.course.best["p_at_1"], epochs=tuner.course.epoch)
+            rows[name] = row | metrics(found.rank)
+            self.write_predictions(method, name, found)
+            del tuner
+            self.save()
+        self.results["methods"][method] = {"relations": rows, **summarize(rows)}
+        self.results["timing"][method] = {"seconds": time.monotonic() - start}
+        del self.results["unfinished"][method]
+        if not self.results["unfinished"]:
+            del self.results["unfinished"]
+        self.save()
 
     def score(self, name: str, template: Template, prompts: Tensor | None, split: Split) -> Predictions:
         """Rank the facts of one split of a relation with one prompt."""
@@ -416,11 +509,15 @@ class _Job:
             rows[name] |= metrics(found.rank)
         self.results["methods"][method] = {"relations": rows, **summarize(rows)}
         self.results["timing"][method] = {"seconds": time.monotonic() - start}
+        for name, found in predictions.items():
+            self.write_predictions(method, name, found)
+
+    def write_predictions(self, method: str, name: str, found: Predictions) -> None:
+        """Put a method's predictions on test beside those of other methods."""
         if self.world.is_main:
-            for name, found in predictions.items():
-                kept = [line for line in self.run.read_predictions(name) if line["method"] != method]
-                facts = self.relations[name].facts["test"]
-                self.run.write_predictions(name, [*kept, *prediction_lines(method, facts, found, self.backbone)])
+            kept = [line for line in self.run.read_predictions(name) if line["method"] != method]
+            facts = self.relations[name].facts["test"]
+            self.run.write_predictions(name, [*kept, *prediction_lines(method, facts, found, self.backbone)])
 
 
 def prediction_lines(

@@ -35,14 +35,16 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     deepspeed: dict[str, Any] | None = None,
+    trainable: bool = False,
 ) -> CausalBackbone:
-    """Load a frozen backbone.
+    """Load a backbone, frozen or to be fine-tuned.
 
     Args:
         spec: `smollm2-135m` (packaged), a GGUF file, a transformers directory, or a name on the model hub.
         dtype: of the weights and of what is computed with them.
         device: where the weights go.
         deepspeed: a ZeRO-3 configuration; the weights are then partitioned over the ranks of the process group.
+        trainable: for `FineTuner`, which trains the weights, and gathers them if they are partitioned.
 
     Raises:
         UsageError: there is no such backbone, or it is not a causal language model.
@@ -63,10 +65,11 @@ def load_backbone(
             f"--backbone {spec}: cannot be loaded ({_reason(error)}); give {', '.join(_PACKAGED)}, a transformers "
             f"directory or hub name of a causal language model, or a .gguf file"
         ) from error
-    backbone = CausalBackbone(model, tokenizer, name=spec)
+    backbone = CausalBackbone(model, tokenizer, spec, trainable)
     if deepspeed is None:
         return backbone.to(torch.device(device))
-    shard(backbone, deepspeed)
+    if not trainable:
+        shard(backbone, deepspeed)
     return backbone
 
 

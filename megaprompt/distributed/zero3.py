@@ -32,7 +32,6 @@ from megaprompt.loss_scale import LossScale
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from megaprompt.backbone import CausalBackbone
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +55,14 @@ class DeepSpeedSettings:
     sharding: dict[str, Any] | None = None  # what DeepSpeed gets; None for a whole copy of the backbone on every rank
     dtype: torch.dtype | None = None  # of the backbone, if the configuration says
     loss_scale: LossScale = field(default_factory=LossScale)  # for float16
+    precision: dict[str, Any] = field(default_factory=dict)  # the sections bf16 and fp16
+
+    def for_training(self, dtype: torch.dtype) -> dict[str, Any] | None:
+        """What DeepSpeed gets for a backbone of this type that is trained; None if it is not sharded.
+
+        Weights in half precision then have float32 copies, to which the steps are added.
+        """
+        return None if self.sharding is None else self.sharding | _SECTIONS[dtype] | self.precision
 
 
 def read_deepspeed_config(path: Path) -> DeepSpeedSettings:
@@ -113,6 +120,7 @@ def read_deepspeed_config(path: Path) -> DeepSpeedSettings:
             hysteresis=fp16.get("hysteresis", 2),
             minimum=fp16.get("min_loss_scale", 1),
         ),
+        {key: config[key] for key in ("fp16", "bf16") if key in config},
     )
 
 
@@ -138,6 +146,14 @@ def _check_values(option: str, config: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
+_SECTIONS: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {},
+    torch.bfloat16: {"bf16": {"enabled": True}},
+    torch.float16: {"fp16": {"enabled": True}},
+}
+"""How DeepSpeed is told a type. (0.19 does not listen to `zero.Init(dtype=...)` where float16 is not supported.)"""
+
+
 def load_sharded(directory: Path, dtype: torch.dtype, config: dict[str, Any]) -> PreTrainedModel:
     """Load a transformers causal LM that is partitioned over the ranks from the start; no rank ever holds it whole.
 
@@ -154,13 +170,7 @@ def load_sharded(directory: Path, dtype: torch.dtype, config: dict[str, Any]) ->
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    # DeepSpeed 0.19 does not listen to the argument `dtype` where float16 is not supported, only to these sections.
-    sections = {
-        torch.float32: {},
-        torch.bfloat16: {"bf16": {"enabled": True}},
-        torch.float16: {"fp16": {"enabled": True}},
-    }
-    if dtype not in sections:
+    if dtype not in _SECTIONS:
         raise UsageError(f"--dtype {dtype}: a sharded backbone is float32, bfloat16 or float16; leave --deepspeed out")
     build_operators(config)
     _return_freed_memory()
@@ -169,7 +179,7 @@ def load_sharded(directory: Path, dtype: torch.dtype, config: dict[str, Any]) ->
     with init_empty_weights(include_buffers=False):
         empty = AutoModelForCausalLM.from_config(model_config, **options)
     _check_swap_space(empty, config)
-    with deepspeed.zero.Init(config_dict_or_path=config | sections[dtype]), no_init_weights():
+    with deepspeed.zero.Init(config_dict_or_path=config | _SECTIONS[dtype]), no_init_weights():
         model = AutoModelForCausalLM.from_config(model_config, **options)
     model.tie_weights()
     # Within zero.Init buffers (rotary frequencies) come out in the parameters' precision, which is not what they need.
@@ -248,17 +258,23 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     return found
 
 
-def shard(backbone: CausalBackbone, config: dict[str, Any]) -> None:
-    """Let a backbone whose model came from `load_sharded` gather its parameters while it computes.
+def shard(model: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> Any:
+    """Let a module whose parameters came from `load_sharded` gather them while it computes; returns DeepSpeed's engine.
 
-    From here on only passes through `backbone(...)` may touch the parameters, and every rank must make the same number
-    of them.
+    From here on only passes through `model(...)` may touch the parameters, and every rank must make the same number of
+    them.
+
+    Args:
+        optimizer: of the module's parameters, if they are trained. ZeRO-3 then partitions its state as well.
     """
     _prefer_cpu_without_gpu()
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(model=backbone, config=config)
-    object.__setattr__(backbone, "engine", engine)  # keeps it alive without making it a submodule
+    # Of its own accord DeepSpeed would clip gradients to a norm of 1, and insist on its own Adam in host memory.
+    config = config | {"gradient_clipping": 0.0, "zero_force_ds_cpu_optimizer": False}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    object.__setattr__(model, "engine", engine)  # keeps it alive without making it a submodule
+    return engine
 
 
 def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
