@@ -19,6 +19,8 @@ _COMMANDS = {
     "ask": "ask the model about one subject with a saved prompt",
     "report": "make the report of a run again, or one of several runs over parts of the relations",
     "status": "tell how far a run is",
+    "plan": "tell what a run will need in memory, and whether it fits, before anything is loaded",
+    "memory": "measure what training needs in memory, beside what is predicted",
     "convert": "convert a fairseq checkpoint such as Megatron 11B, or convert it back",
 }
 
@@ -69,6 +71,8 @@ def _run(args: list[str]) -> int:
         "ask": _ask,
         "report": _report,
         "status": _status,
+        "plan": _plan,
+        "memory": _memory,
         "convert": _convert,
     }
     handlers[command](args[1:])
@@ -176,6 +180,31 @@ def _convert(args: list[str]) -> None:
     if config.no_tokenizer:
         print(f"{config.out} has no tokenizer: texts cannot be encoded until one is saved there")
     print(f"megaprompt probe --backbone {config.out} ...")
+
+
+def _plan(args: list[str]) -> None:
+    from megaprompt.config import PlanConfig, parse
+    from megaprompt.plan import advice, as_json, chart, plans, tables
+
+    config = parse(PlanConfig, args, "megaprompt plan")
+    found = plans(config)
+    if config.chart is not None:
+        chart(config, found).savefig(config.chart, dpi=150)
+    if config.json:
+        print(json.dumps(as_json(config, found), indent=1))
+        return
+    for table in tables(config, found):
+        _print(table)
+    print(advice(config, found))
+
+
+def _memory(args: list[str]) -> None:
+    from megaprompt.config import MemoryConfig, parse
+    from megaprompt.measure import measure_all, table
+
+    config = parse(MemoryConfig, args, "megaprompt memory")
+    _print(table(measure_all(config)))
+    print(f"results  {config.out / 'memory.json'}\nchart    {config.out / 'memory.png'}")
 
 
 def _print(table: object) -> None:

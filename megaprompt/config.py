@@ -16,7 +16,9 @@ import yaml
 
 from megaprompt.errors import UsageError
 from megaprompt.facts import Split
+from megaprompt.packing import PassSize
 from megaprompt.prompt_encoder import EncoderKind
+from megaprompt.template import DEFAULT_CAUSAL
 from megaprompt.training import RECIPES, Recipe
 
 Names = Annotated[
@@ -84,9 +86,9 @@ class ProbeConfig:
     """DeepSpeed configuration (see ds_configs/): shard the backbone over the ranks. Plain PyTorch if not given."""
     relation_groups: int = 1
     """Divide the ranks into so many groups, each of which trains some of the relations. Does not change results."""
-    row_tokens: int = 256
+    row_tokens: int = PassSize().row_tokens
     """Width of packed rows. Changes speed and memory, not results."""
-    pass_tokens: int = 1024
+    pass_tokens: int = PassSize().pass_tokens
     """Tokens that the backbone computes at once on each rank. Changes speed and memory, not results."""
     resume: bool = False
     """Continue the interrupted run in the directory --out, with the options that it was started with."""
@@ -122,9 +124,7 @@ class ProbeConfig:
         for method in self.methods:
             if method not in METHODS:
                 raise UsageError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
-        for name in ("limit_facts", "relation_groups", "row_tokens", "pass_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+        _above_zero(self, "limit_facts", "relation_groups", "row_tokens", "pass_tokens")
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,103 @@ class ConvertConfig:
     """The other way: SOURCE is a converted directory."""
     parts: int = 1
     """With --to-fairseq: into how many model-parallel parts."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Tell what a run will need in memory, on given machines, before anything is loaded."""
+
+    backbone: tyro.conf.Positional[str]
+    """bert-base, bert-large, roberta-base, roberta-large, gpt2, gpt2-medium, gpt2-large, gpt2-xl, megatron-11b, or a
+    transformers name or directory, of which only config.json is read."""
+    method: Literal["p-tuning", "fine-tuning"] = "p-tuning"
+    """manual+fine-tuning needs what fine-tuning needs."""
+    deepspeed: Path | None = None
+    """The DeepSpeed configuration to look at. The cheapest of ds_configs/ that fits if not given."""
+    nodes: int = 1
+    """Machines."""
+    gpus: int = 1
+    """Per node, with one rank for each; 0 for nodes without GPUs, with one rank for each."""
+    gpu_memory: float = 80.0
+    """Of each GPU, in GB."""
+    host_memory: float = 256.0
+    """Of each node, in GB."""
+    dtype: Dtype | None = None
+    """Of the backbone. If not given: what the DeepSpeed configuration says, else bfloat16 on GPUs, float32 without."""
+    relations: int = 1
+    """Whose prompts are trained at the same time; each has an encoder of its own."""
+    relation_groups: int = 1
+    """Into how many groups of ranks they are divided."""
+    template: str = DEFAULT_CAUSAL
+    """Its pseudo tokens count."""
+    encoder: EncoderKind = "lstm"
+    """Prompt encoder: lstm, mlp, or none."""
+    row_tokens: int = PassSize().row_tokens
+    """Width of packed rows."""
+    pass_tokens: int = PassSize().pass_tokens
+    """Tokens that the backbone computes at once on each rank."""
+    tflops: float | None = None
+    """What each rank computes in a second, in 10^12 floating-point operations: 100 if not given, 1 without GPU."""
+    network: float = 12.5
+    """GB/s into each rank from other ranks."""
+    pcie: float = 25.0
+    """GB/s between each GPU and its host."""
+    disk: float = 3.0
+    """GB/s that each node reads from its local disk."""
+    json: bool = False
+    """Print JSON instead of tables."""
+    chart: Path | None = None
+    """Also draw the memory of all configurations into this PNG file."""
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "nodes", "gpu_memory", "host_memory", "relations", "relation_groups", "row_tokens")
+        _above_zero(self, "pass_tokens", "tflops", "network", "pcie", "disk")
+        if self.gpus < 0:
+            raise UsageError(f"--gpus {self.gpus}: give 0 or more")
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Measure what training needs in memory, beside what is predicted, with random weights at their true shapes."""
+
+    out: Path = Path("runs/memory")
+    """Directory for memory.json, memory.md and memory.png. Cases that are there already are not run again."""
+    backbones: Names = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    """As for `megaprompt plan`."""
+    methods: Names = ("p-tuning", "fine-tuning")
+    """p-tuning, fine-tuning."""
+    deepspeed: Names = ("ds_configs/zero3.json", "ds_configs/zero3_cpu_offload.json")
+    """DeepSpeed configurations; `none` for PyTorch alone."""
+    ranks: Names = ("1",)
+    """Numbers of ranks. In a Slurm job they are started with srun, on all of its nodes, else on this machine."""
+    memory_limit: float | None = None
+    """GB that all ranks of a node may use together; more is `out of memory`. What is free, less a tenth, if not given;
+    on GPUs, their memory is the limit."""
+    dtype: Dtype = "float32"
+    """Of the backbone, where the DeepSpeed configuration says nothing."""
+    relations: int = 1
+    """Whose prompts are trained at the same time."""
+    row_tokens: int = 256
+    """Width of packed rows."""
+    pass_tokens: int = 256
+    """Tokens that the backbone computes at once on each rank."""
+    case_seconds: int = 3600
+    """Give a case up after so long."""
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "relations", "row_tokens", "pass_tokens", "case_seconds", "memory_limit")
+        for method in self.methods:
+            if method not in ("p-tuning", "fine-tuning"):
+                raise UsageError(f"--methods {method}: unknown; choose from p-tuning, fine-tuning")
+        for ranks in self.ranks:
+            if not ranks.isdecimal() or not int(ranks):
+                raise UsageError(f"--ranks {ranks}: give numbers above 0")
+
+
+def _above_zero(config: Any, *names: str) -> None:
+    for name in names:
+        if (value := getattr(config, name)) is not None and value <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: give a number above 0")
 
 
 C = TypeVar("C")

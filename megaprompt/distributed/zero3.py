@@ -30,7 +30,7 @@ from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.loss_scale import LossScale
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 logger = logging.getLogger(__name__)
@@ -154,6 +154,34 @@ _SECTIONS: dict[torch.dtype, dict[str, Any]] = {
 """How DeepSpeed is told a type. (0.19 does not listen to `zero.Init(dtype=...)` where float16 is not supported.)"""
 
 
+def new_sharded(model_config: PreTrainedConfig, dtype: torch.dtype, config: dict[str, Any]) -> PreTrainedModel:
+    """A transformers causal LM that is partitioned over the ranks, with initial weights.
+
+    Raises:
+        UsageError: DeepSpeed has no such type.
+    """
+    _prefer_cpu_without_gpu()
+    import deepspeed
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in _SECTIONS:
+        raise UsageError(f"--dtype {dtype}: a sharded backbone is float32, bfloat16 or float16; leave --deepspeed out")
+    build_operators(config)
+    _return_freed_memory()
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    with init_empty_weights(include_buffers=False):
+        empty = AutoModelForCausalLM.from_config(model_config, **options)
+    _check_swap_space(empty, config)
+    with deepspeed.zero.Init(config_dict_or_path=config | _SECTIONS[dtype]):
+        model = AutoModelForCausalLM.from_config(model_config, **options)
+    model.tie_weights()
+    # Within zero.Init buffers (rotary frequencies) come out in the parameters' precision, which is not what they need.
+    for (_, buffer), (_, exact) in zip(model.named_buffers(), empty.named_buffers(), strict=True):
+        buffer.data = exact.to(buffer.device)
+    return model
+
+
 def load_sharded(directory: Path, dtype: torch.dtype, config: dict[str, Any]) -> PreTrainedModel:
     """Load a transformers causal LM that is partitioned over the ranks from the start; no rank ever holds it whole.
 
@@ -163,28 +191,14 @@ def load_sharded(directory: Path, dtype: torch.dtype, config: dict[str, Any]) ->
     Raises:
         MegapromptError: the directory has no safetensors that fit the model.
     """
-    _prefer_cpu_without_gpu()
-    import deepspeed
-    from accelerate import init_empty_weights
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
-    if dtype not in _SECTIONS:
-        raise UsageError(f"--dtype {dtype}: a sharded backbone is float32, bfloat16 or float16; leave --deepspeed out")
-    build_operators(config)
-    _return_freed_memory()
-    options = {"dtype": dtype, "attn_implementation": "sdpa"}
-    model_config = AutoConfig.from_pretrained(directory)
-    with init_empty_weights(include_buffers=False):
-        empty = AutoModelForCausalLM.from_config(model_config, **options)
-    _check_swap_space(empty, config)
-    with deepspeed.zero.Init(config_dict_or_path=config | _SECTIONS[dtype]), no_init_weights():
-        model = AutoModelForCausalLM.from_config(model_config, **options)
-    model.tie_weights()
-    # Within zero.Init buffers (rotary frequencies) come out in the parameters' precision, which is not what they need.
-    for (_, buffer), (_, exact) in zip(model.named_buffers(), empty.named_buffers(), strict=True):
-        buffer.data = exact.to(buffer.device)
+    with no_init_weights():
+        model = new_sharded(AutoConfig.from_pretrained(directory), dtype, config)
+    import deepspeed
+
     files = _tensor_files(directory)
     main = torch.distributed.get_rank() == 0
     for name, parameter in model.named_parameters():
