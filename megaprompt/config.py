@@ -240,8 +240,8 @@ class PlanConfig:
     """Tokens that the backbone computes at once on each rank."""
     tflops: float | None = None
     """What each rank computes in a second, in 10^12 floating-point operations: 100 if not given, 1 without GPU."""
-    network: float = 12.5
-    """GB/s into each rank from other ranks."""
+    network: float | None = None
+    """GB/s into each rank from other ranks: 12.5 if not given, 50 within a single node."""
     pcie: float = 25.0
     """GB/s between each GPU and its host."""
     disk: float = 3.0
@@ -285,6 +285,8 @@ class MemoryConfig:
     """Tokens that the backbone computes at once on each rank."""
     case_seconds: int = 3600
     """Give a case up after so long."""
+    collect: bool = False
+    """Measure nothing: put what is in --out, and in the directories in it, into one table and chart."""
 
     def __post_init__(self) -> None:
         _above_zero(self, "relations", "row_tokens", "pass_tokens", "case_seconds", "memory_limit")

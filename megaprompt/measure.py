@@ -34,7 +34,7 @@ from megaprompt.backbone.packed import PackedModel
 from megaprompt.config import MemoryConfig
 from megaprompt.distributed.launch import World, joined_world
 from megaprompt.distributed.zero3 import DeepSpeedSettings, build_operators, new_sharded, read_deepspeed_config, shard
-from megaprompt.errors import MegapromptError
+from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.fine_tuning import FineTuner
 from megaprompt.memory import Job, Method, Profile, Workload, predict, profile, shape_of
 from megaprompt.packing import PassSize
@@ -126,14 +126,15 @@ class _Steps:
 
     def __init__(self, case: Case, model: PackedModel, settings: DeepSpeedSettings, world: World) -> None:
         work = case.workload()
-        each = -(-len(work.full_pass()) * world.size // case.relations)
+        relations = case.relations if case.method == "p-tuning" else 1
+        each = -(-len(work.full_pass()) * world.size // relations)
         facts = Examples(work.queries(each), [1] * each)
         recipe = Recipe(1e-6, 0.0, 1.0, batch_size=each, max_epochs=_STEPS, patience=_STEPS)
         backbone = cast(CausalBackbone, model)  # without a tokenizer, which nothing here needs
         self.model = model
         self.tuner: Trainer | FineTuner
         if case.method == "p-tuning":
-            tasks = [Task(f"P{i}", 6, facts, facts) for i in range(case.relations)]
+            tasks = [Task(f"P{i}", 6, facts, facts) for i in range(relations)]
             self.tuner = Trainer(backbone, tasks, recipe, encoder=case.encoder, size=work.size, world=world)
             self.courses: list[Any] = [*self.tuner.learners]
             self.encoders = [p for learner in self.tuner.learners for p in learner.encoder.parameters()]
@@ -230,8 +231,17 @@ def measure_all(config: MemoryConfig) -> list[dict[str, Any]]:
         UsageError: there is no such backbone or configuration.
         MegapromptError: a case failed for another reason than memory.
     """
-    path = config.out / "memory.json"
-    done = {row["key"]: row for row in (json.loads(path.read_text(encoding="utf-8")) if path.exists() else [])}
+    done = {
+        row["key"]: row
+        for path in sorted([config.out / "memory.json", *(config.out.glob("*/memory.json") if config.collect else ())])
+        if path.exists()
+        for row in json.loads(path.read_text(encoding="utf-8"))
+    }
+    if config.collect:
+        if not done:
+            raise UsageError(f"--collect: no memory.json in {config.out} or the directories in it")
+        _write(config.out, list(done.values()), list(done.values()))
+        return list(done.values())
     gpus = torch.cuda.device_count()
     profiles: dict[Any, Profile] = {}
     rows: list[dict[str, Any]] = []
@@ -268,13 +278,17 @@ def measure_all(config: MemoryConfig) -> list[dict[str, Any]]:
                 predicted = dict(device) | {"runtime": RUNTIME["device" if gpus else "host"]}
                 done[key] = {"key": key, **dataclasses.asdict(case), "predicted": predicted, **_run(case, config)}
             rows.append(done[key])
-            write_file(path, json.dumps(list(done.values()), indent=1).encode())
-            write_file(config.out / "memory.md", markdown(rows).encode())
-            buffer = io.BytesIO()
-            chart(rows).savefig(buffer, format="png", dpi=150)
-            write_file(config.out / "memory.png", buffer.getvalue())
+            _write(config.out, list(done.values()), rows)
             update(number + 1)
     return rows
+
+
+def _write(out: Path, done: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]]) -> None:
+    write_file(out / "memory.json", json.dumps(done, indent=1).encode())
+    write_file(out / "memory.md", markdown(shown).encode())
+    buffer = io.BytesIO()
+    chart(shown).savefig(buffer, format="png", dpi=150)
+    write_file(out / "memory.png", buffer.getvalue())
 
 
 def _run(case: Case, config: MemoryConfig) -> dict[str, Any]:

@@ -132,10 +132,11 @@ class Workload:
 
     def full_pass(self) -> list[Query]:
         """What a rank computes at once, of all relations."""
-        each = -(-self.size.pass_tokens // self.relations // 6) + 1
+        relations = self.relations if self.method == "p-tuning" else 1  # which is fine-tuned alone
+        each = -(-self.size.pass_tokens // relations // 6) + 1
         many = [
             Query(tuple(t if t >= 0 else t - 6 * relation for t in tokens), target)
-            for relation in range(self.relations)
+            for relation in range(relations)
             for tokens, target in self.queries(each)
         ]
         return [many[i] for i in split_into_passes(many, self.size)[0]]
@@ -357,8 +358,9 @@ def predict(profile: Profile, job: Job) -> Need:
             in_step = bucket + 4 * min(job.zero.get("sub_group_size", 1_000_000_000), share)  # gradients of a group
         else:
             host["gradients"] = (size + 4) * share
-            host["buffers"] += 8 * -(-max(profile.numels) // ranks)  # DeepSpeed takes norms in float64
-            in_step = bucket
+            norm = 8 * -(-max(profile.numels) // ranks)  # of the largest partition, in float64
+            in_step = bucket + (norm if job.on_cpu else 0)
+            host["buffers"] += 0 if job.on_cpu else norm
         device["buffers"] += max(during_pass, in_step) - device["activations"] - device["gathered"]
     return Need(dict(device), dict(host), dict(nvme), gathered)
 

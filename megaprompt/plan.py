@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,36 +68,44 @@ def plans(config: PlanConfig) -> list[Plan]:
     Raises:
         UsageError: there is no such backbone or configuration.
     """
-    default = config.dtype or ("bfloat16" if config.gpus else "float32")
-    candidates = (
-        [(str(config.deepspeed), config.deepspeed)] if config.deepspeed else [("none", None), *_configurations()]
-    )
-    found = []
-    profiles: dict[torch.dtype, Profile] = {}
-    shape = shape_of(config.backbone)
-    for name, path in candidates:
-        settings = read_deepspeed_config(path) if path else DeepSpeedSettings()
-        dtype = settings.dtype or getattr(torch, default)
-        if config.deepspeed is None and dtype != getattr(torch, default):
-            continue
-        if settings.sharding is None and config.method == "fine-tuning":
-            dtype = torch.float32  # in half precision only ZeRO keeps float32 copies
-        if dtype not in profiles:
-            work = Workload(config.method, config.relations, PassSize(config.row_tokens, config.pass_tokens))
-            profiles[dtype] = profile(shape, dtype, work)
-        found.append(_plan(name, config, profiles[dtype], settings, dtype))
-    return sorted(found, key=lambda plan: (not plan.fits, plan.seconds, plan.total("device")))
+    if config.deepspeed is not None:
+        return [plan(config, config.deepspeed)]
+    found = [plan(config, None)]
+    for path in _configurations():
+        if read_deepspeed_config(path).dtype in (None, _default(config)):
+            found.append(plan(config, path))
+    return sorted(found, key=lambda one: (not one.fits, one.seconds, one.traffic["pcie"], one.total("device")))
 
 
-def _configurations() -> list[tuple[str, Path]]:
+def _default(config: PlanConfig) -> torch.dtype:
+    return getattr(torch, config.dtype or ("bfloat16" if config.gpus else "float32"))
+
+
+def _configurations() -> list[Path]:
     """The configurations that come with megaprompt, where they are there."""
     for directory in (Path("ds_configs"), Path(__file__).parents[1] / "ds_configs"):
         if paths := sorted(directory.glob("*.json")):
-            return [(f"ds_configs/{path.name}", path) for path in paths]
+            return paths
     return []
 
 
-def _plan(name: str, config: PlanConfig, run: Profile, settings: DeepSpeedSettings, dtype: torch.dtype) -> Plan:
+@cache
+def _profile(backbone: str, dtype: torch.dtype, work: Workload) -> Profile:
+    return profile(shape_of(backbone), dtype, work)
+
+
+def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
+    """The plan of one configuration; None is PyTorch alone, with a whole copy of the backbone on every rank.
+
+    Raises:
+        UsageError: there is no such backbone or configuration, or the groups do not divide the ranks.
+    """
+    settings = read_deepspeed_config(deepspeed) if deepspeed is not None else DeepSpeedSettings()
+    dtype = settings.dtype or _default(config)
+    if settings.sharding is None and config.method == "fine-tuning":
+        dtype = torch.float32  # in half precision only ZeRO keeps float32 copies
+    work = Workload(config.method, config.relations, PassSize(config.row_tokens, config.pass_tokens))
+    run = _profile(config.backbone, dtype, work)
     per_node = max(1, config.gpus)
     ranks = config.nodes * per_node
     if ranks % config.relation_groups:
@@ -136,14 +145,17 @@ def _plan(name: str, config: PlanConfig, run: Profile, settings: DeepSpeedSettin
                 f"{USABLE:.0%} should be filled; {most} take {_gb(needed[place][most])} GB"
             )
     traffic = _traffic(run, job, need)
+    network = config.network or (12.5 if config.nodes > 1 else 50.0)
     tflops = config.tflops or (100.0 if config.gpus else 1.0)
     seconds = max(
         run.flops / (tflops * 1e12),
-        traffic["network"] / (config.network * 1e9),
+        traffic["network"] / (network * 1e9),
         traffic["pcie"] / (config.pcie * 1e9) if config.gpus else 0.0,
         traffic["disk"] * per_node / (config.disk * 1e9),
     )
-    return Plan(name, str(dtype).removeprefix("torch."), ranks, needed, available, traffic, seconds, reasons)
+    return Plan(
+        str(deepspeed or "none"), str(dtype).removeprefix("torch."), ranks, needed, available, traffic, seconds, reasons
+    )
 
 
 def _traffic(run: Profile, job: Job, need: Need) -> dict[str, float]:
@@ -156,6 +168,8 @@ def _traffic(run: Profile, job: Job, need: Need) -> dict[str, float]:
     parameters = zero.get("offload_param", {}).get("device", "none")
     optimizer = zero.get("offload_optimizer", {}).get("device", "none")
     pcie = (gathered / ranks if parameters != "none" else 0.0) + (2 * trained / ranks if optimizer != "none" else 0.0)
+    if job.on_cpu:
+        pcie = 0.0
     return {
         "network": (gathered + (1 if zero else 2) * trained) * others,  # all-reduce is a scatter and a gather
         "pcie": pcie,
@@ -204,7 +218,7 @@ def tables(config: PlanConfig, found: Sequence[Plan]) -> list[Table]:
     for plan in found:
         cells = [_gb(plan.total(place)) for place in ("device", "host", "nvme")]
         cells += [_gb(plan.traffic[way]) for way in ("network", "pcie", "disk")]
-        name = f"{plan.name} ({plan.dtype})"
+        name = f"{Path(plan.name).name} ({plan.dtype})"
         overview.add_row(name, *cells, f"{plan.seconds:.2g}", "fits" if plan.fits else "too large")
     detail = Table(title=Text(f"{found[0].name}: GB per rank"))
     detail.add_column("category")
@@ -260,7 +274,7 @@ def chart(config: PlanConfig, found: Sequence[Plan]) -> Figure:
         axes.set_title(
             f"{'GPU' if place == 'device' else 'host'} memory of a rank, GB (dashed: what there is)", fontsize=9
         )
-        axes.set_yticks(range(len(found)), [plan.name.removeprefix("ds_configs/") for plan in found], fontsize=8)
+        axes.set_yticks(range(len(found)), [Path(plan.name).stem for plan in found], fontsize=8)
         axes.set_ylim(len(found) - 0.5, -0.5)
         axes.spines[["top", "right"]].set_visible(False)
     legend(figure, {c for plan in found for place in places for c in plan.bytes[place]})

@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 from megaprompt.backbone import inspect_backbone
-from megaprompt.config import ProbeConfig
+from megaprompt.config import PlanConfig, ProbeConfig
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.facts import load_data, read_vocabulary
+from megaprompt.memory import Method, Place
+from megaprompt.plan import Plan, plan
 from megaprompt.prompt_encoder import PromptEncoder
 from megaprompt.run_directory import RunDirectory
 from megaprompt.template import DEFAULT_CAUSAL, Template
 
 logger = logging.getLogger(__name__)
 
+_PLACES: tuple[tuple[Place, str], ...] = (("device", "GPU"), ("host", "host"))
 _COPIES = 3  # of a checkpoint on the disk at once, while a new one is written
 
 
@@ -92,9 +98,29 @@ def preflight(config: ProbeConfig) -> None:
             raise MegapromptError(f"--out {about}; free space, or choose another directory or fewer --relations")
         return about
 
-    checks: tuple[Callable[[], str], ...] = (versions, options, backbone, data, disk)
+    def memory() -> str:
+        training: dict[str, Method] = {"p-tuning": "p-tuning", "fine-tuning": "fine-tuning"}
+        training["manual+fine-tuning"] = "fine-tuning"
+        lines = []
+        for method in sorted({training[name] for name in config.methods if name in training}):
+            needed = _plan_here(config, method, max(1, relations))
+            needs = [f"{needed.total(place) / 1e9:.1f} GB of {what}" for place, what in _PLACES if needed.total(place)]
+            lines.append(f"{method}: a rank of {needed.ranks} needs {' and '.join(needs)} memory")
+            for place, what in _PLACES:
+                if not _is_login_node() and needed.total(place) > needed.available[place]:
+                    raise MegapromptError(
+                        f"{lines[-1]}, and there are {needed.available[place] / 1e9:.1f} GB of {what} memory for it; "
+                        f"`megaprompt plan` tells which configuration, nodes and GPUs suffice"
+                    )
+        if not lines:
+            return "nothing is trained"
+        return "; ".join(lines) + (" (judged in the job, where the machines are known)" if _is_login_node() else "")
+
+    checks: tuple[Callable[[], str], ...] = (versions, options, backbone, data, disk, memory)
     errors: list[MegapromptError] = []
     for check in checks:
+        if check is memory and errors:  # it would only say the same again
+            continue
         try:
             print(f"ok    {check.__name__:9} {check()}", flush=True)
         except MegapromptError as error:
@@ -103,3 +129,38 @@ def preflight(config: ProbeConfig) -> None:
     if errors:
         kind = UsageError if any(isinstance(error, UsageError) for error in errors) else MegapromptError
         raise kind(f"{len(errors)} of {len(checks)} checks failed; nothing was started. First: {errors[0]}")
+
+
+def _is_login_node() -> bool:
+    return bool(os.environ.get("MEGAPROMPT_LOGIN_NODE"))  # set by slurm/common.sh where it submits
+
+
+def _plan_here(config: ProbeConfig, method: Method, relations: int) -> Plan:
+    """The plan of a run on the machines of this job, or on this machine."""
+    ranks = int(os.environ.get("SLURM_NTASKS") or os.environ.get("WORLD_SIZE") or 1)
+    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
+    per_node = -(-ranks // nodes)
+    given = int(os.environ.get("SLURM_MEM_PER_NODE") or 0) << 20
+    host = (given or psutil.virtual_memory().available) / 1e9
+    gpus = torch.cuda.is_available()
+    machines: dict[str, Any] = (
+        {"nodes": nodes, "gpus": per_node, "gpu_memory": torch.cuda.mem_get_info()[0] / 1e9, "host_memory": host}
+        if gpus
+        else {"nodes": ranks, "gpus": 0, "host_memory": host / per_node}  # each rank as a node with its share
+    )
+    return plan(
+        PlanConfig(
+            config.backbone,
+            method=method,
+            deepspeed=config.deepspeed,
+            dtype=config.dtype,
+            relations=relations,
+            relation_groups=config.relation_groups,
+            template=config.template or DEFAULT_CAUSAL,
+            encoder=config.encoder,
+            row_tokens=config.row_tokens,
+            pass_tokens=config.pass_tokens,
+            **machines,
+        ),
+        config.deepspeed,
+    )

@@ -46,10 +46,12 @@ probe_job() {
   # A start after an interruption, or after the time limit: everything that is there already is used.
   [[ -f $out/config.yaml ]] && arguments+=(--resume)
 
-  # Seconds, one process, no weights: options, backbone, data, disk, versions. Ends here if something is wrong.
+  # Seconds, one process, no weights: options, backbone, data, disk, memory, versions. Ends here if something is wrong.
+  [[ ${SLURM_JOB_ID:-} ]] || export MEGAPROMPT_LOGIN_NODE=1 # whose memory does not matter
   "${PYTHON[@]}" -m megaprompt probe "${arguments[@]}" --check || die "the check failed, see above; no rank was started"
 
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    unset MEGAPROMPT_LOGIN_NODE
     exec sbatch "$script" "${SUBMITTED[@]}"
   fi
 

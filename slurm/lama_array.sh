@@ -41,7 +41,7 @@ elif [[ ${SLURM_JOB_ID:-} ]]; then
   die "start it with bash, not sbatch: it submits two jobs"
 else
   list=$(IFS=,; echo "${relations[*]}")
-  "${PYTHON[@]}" -m megaprompt probe "${arguments[@]}" --relations "$list" --out "$out/check" --check
+  MEGAPROMPT_LOGIN_NODE=1 "${PYTHON[@]}" -m megaprompt probe "${arguments[@]}" --relations "$list" --out "$out/check" --check
   read -ra options <<<"${SBATCH_OPTIONS:-}"
   tasks=$(sbatch --parsable --array="0-$((${#relations[@]} - 1))" "${options[@]}" "$0" "$list" "$@")
   # afterany: the report says what is missing. (afterok would be cancelled, by the option after it, if a task failed.)

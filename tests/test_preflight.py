@@ -28,7 +28,7 @@ def test_a_run_that_can_start(check, tmp_path):
     assert code == 0
     lines = printed.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        ["ok", name] for name in ("versions", "options", "backbone", "data", "disk")
+        ["ok", name] for name in ("versions", "options", "backbone", "data", "disk", "memory")
     ]
     assert "llama, 2 layers of 32" in printed
     assert "2 relation(s), 22 train" in printed
@@ -55,7 +55,7 @@ def test_what_is_wrong_is_named(check, monkeypatch, args, code, message):
     assert found == code
     assert message in printed
     assert printed.count("WRONG") == 1
-    assert "1 of 5 checks failed; nothing was started" in printed
+    assert "1 of 6 checks failed; nothing was started" in printed
 
 
 def test_everything_is_checked_even_after_a_failure(check):
