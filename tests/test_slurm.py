@@ -180,6 +180,23 @@ def test_array_and_report(cluster, site, options, short, tmp_path):
     assert main(["evaluate", "--prompts", str(out)]) == 0  # the prompts are there, too
 
 
+def test_memory_on_clusters_of_several_sizes(cluster, site, backbone_directory, tmp_path):
+    out = tmp_path / "memory"
+    printed = cluster.run(
+        "bash", "slurm/memory_benchmark.sh", "1,2", "--backbones", backbone_directory, "--deepspeed",
+        ROOT / "ds_configs" / "zero3.json", "--pass-tokens", 64, "--row-tokens", 64, "--memory-limit", 8, "--out", out,
+        **site, SBATCH_OPTIONS=" ".join(SMALL),
+    )  # fmt: skip
+    one, two, report = re.search(r"submitted: (\d+) (\d+), then (\d+)", printed).groups()
+    for job in (one, two, report):
+        completed(cluster, job)
+    rows = json.loads((out / "memory.json").read_text())
+    found = {(row["method"], row["ranks"]): max(rank["parameters"] for rank in row["measured"]) for row in rows}
+    assert set(found) == {(method, ranks) for method in ("p-tuning", "fine-tuning") for ranks in (1, 2)}
+    assert found["p-tuning", 2] < 0.7 * found["p-tuning", 1]
+    assert (out / "memory.png").exists()
+
+
 def test_misuse_is_told_at_once(cluster, submit, site, tmp_path):
     def login(*arguments: object) -> subprocess.CompletedProcess:
         command = ["bash", "slurm/lama_gpt2_xl.sh", *map(str, arguments)]

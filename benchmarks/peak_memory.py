@@ -1,0 +1,104 @@
+"""Peak memory of learning one relation's prompt: megaprompt against the original algorithm and PEFT.
+
+    python benchmarks/peak_memory.py [--backbone smollm2-135m] [--facts 8,32]
+
+The same frozen backbone, facts and precision; each learner in a process of its own, three optimizer steps. What is
+measured is what the process's own memory grows to after the backbone has been loaded: activations, logits, encoder,
+Adam. The learners are those of throughput.py. Prints one JSON object, with the peak memory in MB and its ratio to
+megaprompt's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from throughput import Original, Peft  # the benchmark beside this one
+
+from megaprompt.backbone import load_backbone
+from megaprompt.distributed.launch import World
+from megaprompt.facts import load_data
+from megaprompt.measure import PeakMemory
+from megaprompt.packing import PassSize
+from megaprompt.probe import load_vocabulary, usable_relations
+from megaprompt.prompt_encoder import PromptEncoder
+from megaprompt.template import Template
+from megaprompt.training import RECIPES, Examples, Recipe, Task, Trainer
+
+LEARNERS = ("original", "peft", "megaprompt")
+STEPS = 3
+
+
+def grown(learner: str, spec: str, facts: int) -> int:
+    """Bytes that this process's memory grows by at most while one relation is learned."""
+    backbone = load_backbone(spec)
+    for parameter in backbone.parameters():  # out of mapped files, into memory
+        parameter.data = parameter.data.clone()
+    data = load_data("geonames")
+    everything = load_vocabulary("none", data, backbone)
+    usable = usable_relations(data, backbone, everything, names=["P17"], splits=("train",), limit=facts, seed=0)["P17"]
+    if len(usable.facts["train"]) < facts:
+        sys.exit(f"there are only {len(usable.facts['train'])} facts")
+    template = Template.parse("<3>[X]<3>[Y]")
+    subjects, objects = [fact.subject for fact in usable.facts["train"]], usable.objects["train"]
+    start = PeakMemory.now()
+    with PeakMemory(None, Path(os.devnull)) as memory:
+        if learner == "megaprompt":
+            train = usable.examples("train", template, backbone)
+            task = Task("P17", template.num_pseudo_tokens, train, Examples(train.queries[:1], train.objects[:1]))
+            recipe = Recipe(RECIPES["fast"].learning_rate, 0.0, 1.0, batch_size=facts, max_epochs=STEPS, patience=STEPS)
+            trainer = Trainer(backbone, [task], recipe, size=PassSize(), world=World())
+            for _ in range(STEPS):
+                trainer.learners[0].cursor = 0
+                trainer.train_step()
+        else:
+            encoder = PromptEncoder(template.num_pseudo_tokens, backbone.hidden_size, "lstm")
+            run = Original(backbone, template, encoder) if learner == "original" else Peft(backbone)
+            for _ in range(STEPS):
+                run(subjects, objects, train=True)
+    return memory.peak - start
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--backbone", default="smollm2-135m")
+    options.add_argument("--facts", default="8,32", help="per optimizer step")
+    options.add_argument("--learner", choices=LEARNERS, help=argparse.SUPPRESS)
+    args = options.parse_args()
+    counts = [int(count) for count in args.facts.split(",")]
+    if args.learner:
+        print(grown(args.learner, args.backbone, counts[0]))
+        return
+    report: dict[str, object] = {"backbone": args.backbone, "torch": torch.__version__, "MB": {}, "ratio": {}}
+    for count in counts:
+        sizes = {}
+        for learner in LEARNERS:
+            command = [
+                sys.executable,
+                __file__,
+                "--backbone",
+                args.backbone,
+                "--facts",
+                str(count),
+                "--learner",
+                learner,
+            ]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            sizes[learner] = int(done.stdout.split()[-1])
+        report["MB"][count] = {learner: round(size / 1e6) for learner, size in sizes.items()}  # type: ignore[index]
+        report["ratio"][count] = {  # type: ignore[index]
+            learner: round(size / sizes["megaprompt"], 2) for learner, size in sizes.items()
+        }
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
