@@ -38,7 +38,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerFast
 
-from megaprompt.backbone import CausalBackbone
+from megaprompt.backbone import Backbone
 from megaprompt.backbone.megatron import FairseqMegatronConfig, FairseqMegatronForCausalLM
 from megaprompt.packing import pack
 from megaprompt.prompt_encoder import PromptEncoder
@@ -113,7 +113,7 @@ class StreamedEmbedding(nn.Embedding):
         return self.weight[ids].float()
 
 
-def open_streamed(path: Path, layers: int | None = None) -> CausalBackbone:
+def open_streamed(path: Path, layers: int | None = None) -> Backbone:
     """The converted model with its weights mapped from the file; only the first layers if a number is given."""
     config = FairseqMegatronConfig.from_pretrained(path)
     config.num_hidden_layers = layers or config.num_hidden_layers
@@ -126,7 +126,7 @@ def open_streamed(path: Path, layers: int | None = None) -> CausalBackbone:
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False)
     embedding = StreamedEmbedding(config.vocab_size, config.hidden_size, _weight=model.model.embed_tokens.weight)
-    backbone = CausalBackbone(model, _no_tokenizer(config.vocab_size), name="megatron-11b")
+    backbone = Backbone(model, _no_tokenizer(config.vocab_size), name="megatron-11b")
     model.model.embed_tokens = embedding
     model.model.layers = nn.ModuleList(Streamed(layer) for layer in model.model.layers)
     model.model.layer_norm = Streamed(model.model.layer_norm)
@@ -146,7 +146,7 @@ QUERIES = [Query((-1, -2, -3, 100 + i, 900 + 7 * i, -4, -5, -6), 7) for i in ran
 OBJECTS = [2000 + 11 * i for i in range(8)]
 
 
-def step(backbone: CausalBackbone) -> tuple[float, float, float]:
+def step(backbone: Backbone) -> tuple[float, float, float]:
     """One step for one relation with a batch of 8: loss, norm of the prompts' gradient, seconds."""
     torch.manual_seed(0)
     encoder = PromptEncoder(6, backbone.hidden_size)
@@ -172,7 +172,7 @@ def plain_slice(path: Path, layers: int) -> tuple[float, float]:
     with safe_open(path / "model.safetensors", framework="pt") as file, torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(file.get_tensor(name))
-    backbone = CausalBackbone(model, _no_tokenizer(config.vocab_size), name="slice")
+    backbone = Backbone(model, _no_tokenizer(config.vocab_size), name="slice")
     return step(backbone)[:2]
 
 

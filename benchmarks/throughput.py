@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megaprompt.backbone import CausalBackbone, load_backbone
+from megaprompt.backbone import Backbone, load_backbone
 from megaprompt.distributed.launch import World
 from megaprompt.evaluation import predict
 from megaprompt.facts import load_data
@@ -55,7 +55,7 @@ FRONT = "<6>[X][Y]"
 class Original:
     """The original algorithm for one relation, step by step as its code does it."""
 
-    def __init__(self, backbone: CausalBackbone, template: Template, encoder: PromptEncoder) -> None:
+    def __init__(self, backbone: Backbone, template: Template, encoder: PromptEncoder) -> None:
         self.model, self.tokenizer, self.encoder = backbone.model, backbone.tokenizer, encoder
         self.hidden = backbone.hidden_size
         self.spell = [template.pieces[0], template.pieces[2]]
@@ -104,7 +104,7 @@ class Original:
 class Peft:
     """PEFT's released prompt encoder for one relation."""
 
-    def __init__(self, backbone: CausalBackbone) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         from peft import PromptEncoderConfig, PromptEncoderReparameterizationType, TaskType, get_peft_model
 
         config = PromptEncoderConfig(
@@ -151,7 +151,7 @@ def matmul_rate(size: int = 3072) -> float:
     return 2 * size**3 / min(timed(lambda: a @ b) for _ in range(3))
 
 
-def operations(backbone: CausalBackbone, batch, train: bool) -> float:
+def operations(backbone: Backbone, batch, train: bool) -> float:
     """Multiplications and additions that a packed pass needs: real tokens only, no padding, no masked scores."""
     output, config = backbone.model.get_output_embeddings(), backbone.model.config
     head = output.weight.numel()

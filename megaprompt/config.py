@@ -18,7 +18,6 @@ from megaprompt.errors import UsageError
 from megaprompt.facts import Split
 from megaprompt.packing import PassSize
 from megaprompt.prompt_encoder import EncoderKind
-from megaprompt.template import DEFAULT_CAUSAL
 from megaprompt.training import RECIPES, Recipe
 
 Names = Annotated[
@@ -57,7 +56,8 @@ class ProbeConfig:
     limit_facts: int | None = None
     """Use at most so many facts per relation and split: the first after a shuffle that depends on the seed."""
     template: str | None = None
-    """Template of the learned prompts. <3>[X]<3>[Y] if not given, as in the paper for causal models."""
+    """Template of the learned prompts. If not given, the paper's: <3>[X]<3>[Y] for causal models, <3>[X]<3>[Y]<3> for
+    masked ones."""
     encoder: EncoderKind = "lstm"
     """Prompt encoder: lstm (the paper's), mlp, or none (the vectors themselves are trained)."""
     recipe: Literal["fast", "paper"] = "fast"
@@ -230,8 +230,8 @@ class PlanConfig:
     """Whose prompts are trained at the same time; each has an encoder of its own."""
     relation_groups: int = 1
     """Into how many groups of ranks they are divided."""
-    template: str = DEFAULT_CAUSAL
-    """Its pseudo tokens count."""
+    template: str | None = None
+    """Its pseudo tokens count. The paper's if not given, as for `megaprompt probe`."""
     encoder: EncoderKind = "lstm"
     """Prompt encoder: lstm, mlp, or none."""
     row_tokens: int = PassSize().row_tokens

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megaprompt.backbone import CausalBackbone
+from megaprompt.backbone import Backbone
 from megaprompt.distributed.launch import World
 from megaprompt.distributed.schedule import my_passes, padded
 from megaprompt.packing import PassSize, pack
@@ -46,7 +46,7 @@ def rank_of_gold(logits: Tensor, gold: Tensor, allowed: Tensor | None = None) ->
 
 @torch.no_grad()
 def predict(
-    backbone: CausalBackbone,
+    backbone: Backbone,
     queries: Sequence[Query],
     gold: Sequence[int],
     prompts: Tensor | None,

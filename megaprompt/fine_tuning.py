@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaprompt.backbone import CausalBackbone
+from megaprompt.backbone import Backbone
 from megaprompt.distributed.launch import World
 from megaprompt.distributed.zero3 import shard
 from megaprompt.errors import MegapromptError
@@ -44,7 +44,7 @@ class FineTuner:
 
     def __init__(
         self,
-        backbone: CausalBackbone,
+        backbone: Backbone,
         task: Task,
         recipe: Recipe,
         *,

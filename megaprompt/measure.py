@@ -27,10 +27,9 @@ import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from megaprompt.backbone import CausalBackbone
-from megaprompt.backbone.packed import PackedModel
+from megaprompt.backbone import Backbone
+from megaprompt.backbone.packed import PackedModel, language_model
 from megaprompt.config import MemoryConfig
 from megaprompt.distributed.launch import World, joined_world
 from megaprompt.distributed.zero3 import DeepSpeedSettings, build_operators, new_sharded, read_deepspeed_config, shard
@@ -64,7 +63,8 @@ class Case:
     limit: int | None = None  # bytes, of each rank
 
     def workload(self) -> Workload:
-        return Workload(self.method, self.relations, PassSize(self.row_tokens, self.pass_tokens))
+        size = PassSize(self.row_tokens, self.pass_tokens)
+        return Workload.of(shape_of(self.backbone), self.method, self.relations, size)
 
 
 class PeakMemory:
@@ -113,7 +113,7 @@ def _model(case: Case, settings: DeepSpeedSettings, world: World) -> PackedModel
     dtype, trainable = getattr(torch, case.dtype), case.method == "fine-tuning"
     config = shape_of(case.backbone)
     if settings.sharding is None:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(world.device)
+        model = language_model(config).from_config(config, dtype=dtype, attn_implementation="sdpa").to(world.device)
         return PackedModel(model, trainable)
     model = PackedModel(new_sharded(config, dtype, settings.sharding), trainable)
     if not trainable:
@@ -130,7 +130,7 @@ class _Steps:
         each = -(-len(work.full_pass()) * world.size // relations)
         facts = Examples(work.queries(each), [1] * each)
         recipe = Recipe(1e-6, 0.0, 1.0, batch_size=each, max_epochs=_STEPS, patience=_STEPS)
-        backbone = cast(CausalBackbone, model)  # without a tokenizer, which nothing here needs
+        backbone = cast(Backbone, model)  # without a tokenizer, which nothing here needs
         self.model = model
         self.tuner: Trainer | FineTuner
         if case.method == "p-tuning":

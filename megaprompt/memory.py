@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, PreTrainedConfig, RobertaConfig
 
 from megaprompt.backbone.megatron import FairseqMegatronConfig
-from megaprompt.backbone.packed import PackedModel
+from megaprompt.backbone.packed import PackedModel, language_model
 from megaprompt.errors import UsageError
 from megaprompt.packing import PackedBatch, PassSize, pack, split_into_passes
 from megaprompt.prompt_encoder import EncoderKind, PromptEncoder
@@ -124,20 +124,30 @@ class Workload:
     method: Method
     relations: int
     size: PassSize
+    causal: bool = True
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, method: Method, relations: int, size: PassSize) -> Workload:
+        """The workload of a backbone: bidirectional ones cannot share the beginnings of queries."""
+        return cls(method, relations, size, language_model(config) is AutoModelForCausalLM)
 
     def queries(self, count: int) -> list[Query]:
         """So many facts of one relation, its pseudo tokens numbered from 0."""
         before, after = ((-1, -2, -3), (-4, -5, -6)) if self.method == "p-tuning" else ((3, 4, 5), (6, 7, 8))
-        return [Query((*before, 9 + i % 251, 9 + i // 251, 9 + i % 7, *after), 8) for i in range(count)]
+        mask = () if self.causal else (9,)
+        return [
+            Query((*before, 9 + i % 251, 9 + i // 251, 9 + i % 7, *after, *mask), 8 + len(mask), not self.causal)
+            for i in range(count)
+        ]
 
     def full_pass(self) -> list[Query]:
         """What a rank computes at once, of all relations."""
         relations = self.relations if self.method == "p-tuning" else 1  # which is fine-tuned alone
         each = -(-self.size.pass_tokens // relations // 6) + 1
         many = [
-            Query(tuple(t if t >= 0 else t - 6 * relation for t in tokens), target)
+            query._replace(tokens=tuple(t if t >= 0 else t - 6 * relation for t in query.tokens))
             for relation in range(relations)
-            for tokens, target in self.queries(each)
+            for query in self.queries(each)
         ]
         return [many[i] for i in split_into_passes(many, self.size)[0]]
 
@@ -160,9 +170,9 @@ def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Pro
 
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         try:
-            inner = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            inner = language_model(config).from_config(config, dtype=dtype, attn_implementation="sdpa")
         except ValueError as error:
-            raise UsageError(f"--backbone: no causal language model ({str(error).splitlines()[0]})") from error
+            raise UsageError(f"--backbone: no language model ({str(error).splitlines()[0]})") from error
         model = PackedModel(inner, trainable)
         parameters = {parameter: i for i, parameter in enumerate(model.parameters())}
         for module in model.modules():

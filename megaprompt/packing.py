@@ -13,8 +13,11 @@ is computed once:
 Three things make the packed row exact for a transformer:
 - the position of a node is its depth in the tree (`position_ids`),
 - a node attends to its ancestors and itself. In depth-first order the descendants of a node are an interval, so the
-  mask needs two numbers per key: it is visible to the queries in [key, visible_until[key]),
+  mask needs two numbers per key: it is visible to the queries in [visible_from[key], visible_until[key]),
 - outputs are read at the nodes where queries end, only there.
+
+Under bidirectional attention the state of a token depends on all others, and only whole queries can be shared. They
+stand side by side, each visible to itself alone: the same two numbers describe a block-diagonal mask.
 
 Queries are sorted, so that the tree is built by comparing each query with the one before it.
 """
@@ -36,7 +39,8 @@ class PackedBatch:
 
     token_ids: Tensor  # [R, T] int64; 0 where there is a pseudo token or padding
     position_ids: Tensor  # [R, T] int64; depth in the tree
-    visible_until: Tensor  # [R, T] int64; position j is attended to by positions j <= i < visible_until[j]
+    visible_from: Tensor  # [R, T] int64; position j is attended to by positions
+    visible_until: Tensor  # [R, T] int64; visible_from[j] <= i < visible_until[j]
     pseudo_positions: Tensor  # [S] int64; where pseudo tokens stand, as indices into R*T
     pseudo_indices: Tensor  # [S] int64; which row of the prompt matrix stands there
     targets: Tensor  # [N] int64; where the objects are predicted, as indices into R*T
@@ -45,8 +49,8 @@ class PackedBatch:
     def attention_mask(self) -> Tensor:
         """Boolean [R, 1, T, T]: True where the query position (dim 2) attends to the key position (dim 3)."""
         position = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
-        query, key = position[:, None], position[None, :]
-        return ((key <= query) & (query < self.visible_until[:, None, :]))[:, None]
+        query = position[:, None]
+        return ((self.visible_from[:, None, :] <= query) & (query < self.visible_until[:, None, :]))[:, None]
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
@@ -59,13 +63,15 @@ class _Row:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.depths: list[int] = []
+        self.visible_from: list[int] = []
         self.visible_until: list[int] = []
         self.path: list[int] = []  # positions of the nodes from the root to the newest one
         self.ends: list[tuple[int, int]] = []  # (query, position of its target)
+        self.newest: Query | None = None
 
-    def cost(self, tokens: Sequence[int]) -> int:
+    def cost(self, query: Query) -> int:
         """How many positions a query would add."""
-        return len(tokens) - self._shared(tokens)
+        return 0 if query == self.newest else len(query.tokens) - self._shared(query.tokens)
 
     def _shared(self, tokens: Sequence[int]) -> int:
         shared = 0
@@ -75,26 +81,32 @@ class _Row:
             shared += 1
         return shared
 
-    def add(self, query: int, tokens: Sequence[int], target: int) -> None:
+    def add(self, number: int, query: Query) -> None:
+        if query == self.newest:
+            self.ends.append((number, self.ends[-1][1]))
+            return
+        self.newest, tokens = query, query.tokens
         shared = self._shared(tokens)
         del self.path[shared:]
         for depth in range(shared, len(tokens)):
             self.path.append(len(self.tokens))
             self.tokens.append(tokens[depth])
             self.depths.append(depth)
+            self.visible_from.append(self.path[0] if query.bidirectional else self.path[-1])
             self.visible_until.append(0)
         for position in self.path:
             self.visible_until[position] = len(self.tokens)
-        self.ends.append((query, self.path[target]))
+        self.ends.append((number, self.path[query.target]))
+        if query.bidirectional:  # what a token is depends on all others: nothing to share
+            self.path.clear()
 
 
 def _fill_rows(queries: Sequence[Query], order: Sequence[int], row_tokens: int) -> list[_Row]:
     rows: list[_Row] = []
     for index in order:
-        tokens, target = queries[index]
-        if not rows or (len(rows[-1].tokens) + rows[-1].cost(tokens) > row_tokens and rows[-1].tokens):
+        if not rows or (len(rows[-1].tokens) + rows[-1].cost(queries[index]) > row_tokens and rows[-1].tokens):
             rows.append(_Row())
-        rows[-1].add(index, tokens, target)
+        rows[-1].add(index, queries[index])
     return rows
 
 
@@ -142,7 +154,7 @@ def pack(queries: Sequence[Query], row_tokens: int) -> PackedBatch:
                 low = middle + 1
 
     width = max(1, *(len(row.tokens) for row in rows))
-    token_ids, position_ids, visible_until = [], [], []
+    token_ids, position_ids, visible_from, visible_until = [], [], [], []
     pseudo_positions, pseudo_indices = [], []
     targets: dict[int, int] = {}
     target_of_query = [0] * len(queries)
@@ -150,7 +162,8 @@ def pack(queries: Sequence[Query], row_tokens: int) -> PackedBatch:
         length, padding = len(row.tokens), width - len(row.tokens)
         token_ids.append([max(token, 0) for token in row.tokens] + [0] * padding)
         position_ids.append(row.depths + [0] * padding)
-        visible_until.append(row.visible_until + list(range(length + 1, width + 1)))  # padding sees itself only
+        visible_from.append(row.visible_from + list(range(length, width)))  # padding sees itself only
+        visible_until.append(row.visible_until + list(range(length + 1, width + 1)))
         for position, token in enumerate(row.tokens):
             if token < 0:
                 pseudo_positions.append(r * width + position)
@@ -160,6 +173,7 @@ def pack(queries: Sequence[Query], row_tokens: int) -> PackedBatch:
     return PackedBatch(
         token_ids=torch.tensor(token_ids),
         position_ids=torch.tensor(position_ids),
+        visible_from=torch.tensor(visible_from),
         visible_until=torch.tensor(visible_until),
         pseudo_positions=torch.tensor(pseudo_positions, dtype=torch.int64),
         pseudo_indices=torch.tensor(pseudo_indices, dtype=torch.int64),

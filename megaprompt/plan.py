@@ -19,7 +19,7 @@ from megaprompt.distributed.zero3 import DeepSpeedSettings, read_deepspeed_confi
 from megaprompt.errors import UsageError
 from megaprompt.memory import CATEGORIES, Job, Need, Place, Profile, Workload, predict, profile, shape_of
 from megaprompt.packing import PassSize
-from megaprompt.template import Template
+from megaprompt.template import Template, default_template
 
 RUNTIME: dict[Place, float] = {"host": 0.35e9, "device": 0.0, "nvme": 0.0}
 """Bytes of a process that has imported everything and loaded nothing, without a GPU (measured)."""
@@ -104,7 +104,8 @@ def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
     dtype = settings.dtype or _default(config)
     if settings.sharding is None and config.method == "fine-tuning":
         dtype = torch.float32  # in half precision only ZeRO keeps float32 copies
-    work = Workload(config.method, config.relations, PassSize(config.row_tokens, config.pass_tokens))
+    tokens = PassSize(config.row_tokens, config.pass_tokens)
+    work = Workload.of(shape_of(config.backbone), config.method, config.relations, tokens)
     run = _profile(config.backbone, dtype, work)
     per_node = max(1, config.gpus)
     ranks = config.nodes * per_node
@@ -119,7 +120,7 @@ def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
         ranks=ranks,
         relations=-(-config.relations // config.relation_groups),
         encoder=config.encoder,
-        pseudo_tokens=Template.parse(config.template).num_pseudo_tokens,
+        pseudo_tokens=Template.parse(config.template or default_template(work.causal)).num_pseudo_tokens,
         on_cpu=not config.gpus,
     )
     need = predict(run, job)
@@ -220,7 +221,7 @@ def tables(config: PlanConfig, found: Sequence[Plan]) -> list[Table]:
         cells += [_gb(plan.traffic[way]) for way in ("network", "pcie", "disk")]
         name = f"{Path(plan.name).name} ({plan.dtype})"
         overview.add_row(name, *cells, f"{plan.seconds:.2g}", "fits" if plan.fits else "too large")
-    detail = Table(title=Text(f"{found[0].name}: GB per rank"))
+    detail = Table(title=Text(f"{Path(found[0].name).stem}: GB per rank"), min_width=40)
     detail.add_column("category")
     for column in ("GPU", "host", "NVMe"):
         detail.add_column(column, justify="right")

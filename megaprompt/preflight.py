@@ -26,7 +26,7 @@ from megaprompt.memory import Method, Place
 from megaprompt.plan import Plan, plan
 from megaprompt.prompt_encoder import PromptEncoder
 from megaprompt.run_directory import RunDirectory
-from megaprompt.template import DEFAULT_CAUSAL, Template
+from megaprompt.template import DEFAULT_MASKED, Template
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +54,14 @@ def preflight(config: ProbeConfig) -> None:
     def options() -> str:
         nonlocal pseudo_tokens
         recipe = config.training_recipe()
-        template = Template.parse(config.template or DEFAULT_CAUSAL)
+        template = Template.parse(config.template or DEFAULT_MASKED)  # the longer one
         pseudo_tokens = template.num_pseudo_tokens
         if config.deepspeed is not None:
             from megaprompt.distributed.zero3 import read_deepspeed_config
 
             read_deepspeed_config(config.deepspeed)
-        return f"{template.text}, {config.recipe} recipe, batch of {recipe.batch_size}, {config.deepspeed or 'no ZeRO'}"
+        about = config.template or "the paper's template"
+        return f"{about}, {config.recipe} recipe, batch of {recipe.batch_size}, {config.deepspeed or 'no ZeRO'}"
 
     def backbone() -> str:
         nonlocal hidden_size
@@ -156,7 +157,7 @@ def _plan_here(config: ProbeConfig, method: Method, relations: int) -> Plan:
             dtype=config.dtype,
             relations=relations,
             relation_groups=config.relation_groups,
-            template=config.template or DEFAULT_CAUSAL,
+            template=config.template,
             encoder=config.encoder,
             row_tokens=config.row_tokens,
             pass_tokens=config.pass_tokens,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megaprompt import __version__
-from megaprompt.backbone import CausalBackbone, load_backbone
+from megaprompt.backbone import Backbone, load_backbone
 from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig
 from megaprompt.distributed.launch import World, joined_world
 from megaprompt.distributed.zero3 import DeepSpeedSettings, read_deepspeed_config
@@ -41,7 +41,7 @@ from megaprompt.progress import ProgressFile, Update, progress
 from megaprompt.prompt_encoder import seed_of
 from megaprompt.report import write_report
 from megaprompt.run_directory import RunDirectory, SavedPrompt, load_prompts
-from megaprompt.template import DEFAULT_CAUSAL, Template
+from megaprompt.template import Template, default_template
 from megaprompt.training import Examples, Hooks, Learned, Recipe, Task, Trainer
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class UsableRelation:
     objects: dict[Split, list[int]]  # token ids, for each fact
     left_out: dict[str, int]  # reason -> facts
 
-    def examples(self, split: Split, template: Template, backbone: CausalBackbone) -> Examples:
+    def examples(self, split: Split, template: Template, backbone: Backbone) -> Examples:
         encoder = backbone.text_encoder()
         return Examples([template.render(f.subject, encoder) for f in self.facts[split]], self.objects[split])
 
@@ -84,7 +84,7 @@ class UsableRelation:
         return min(counts, key=lambda token: (-counts[token], token)) if counts else None
 
 
-def load_vocabulary(option: str, data: Data, backbone: CausalBackbone) -> Vocabulary:
+def load_vocabulary(option: str, data: Data, backbone: Backbone) -> Vocabulary:
     """The allowed tokens that the option --vocab names: a file, `none`, or `auto`.
 
     Raises:
@@ -104,7 +104,7 @@ def load_vocabulary(option: str, data: Data, backbone: CausalBackbone) -> Vocabu
 
 
 def usable_relation(
-    relation: Relation, backbone: CausalBackbone, vocabulary: Vocabulary, limit: int | None, seed: int
+    relation: Relation, backbone: Backbone, vocabulary: Vocabulary, limit: int | None, seed: int
 ) -> UsableRelation:
     """Leave out, and count, the facts that cannot be scored or are over the limit."""
     facts: dict[Split, list[Fact]] = {}
@@ -131,7 +131,7 @@ def usable_relation(
 
 def usable_relations(
     data: Data,
-    backbone: CausalBackbone,
+    backbone: Backbone,
     vocabulary: Vocabulary,
     *,
     names: Sequence[str],
@@ -191,7 +191,8 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
 
 def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str, Any]:
     recipe = config.training_recipe()
-    template = Template.parse(config.template or DEFAULT_CAUSAL)
+    if config.template is not None:
+        Template.parse(config.template)  # wrong ones are told at once
     deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed is not None else DeepSpeedSettings()
     data = load_data(config.data)
     run = RunDirectory.open(config) if world.is_main else RunDirectory(config.out)
@@ -211,6 +212,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
     backbone = load_backbone(config.backbone, dtype, world.device, deepspeed.sharding)
     backbone.check_packing()
     vocabulary = load_vocabulary(config.vocab, data, backbone)
+    template = Template.parse(config.template or default_template(backbone.causal))
     template.render("subject", backbone.text_encoder())  # finds a template that does not suit the backbone
     relations = usable_relations(
         data,
@@ -288,7 +290,7 @@ class _Job:
     world: World
     run: RunDirectory
     deepspeed: DeepSpeedSettings
-    backbone: CausalBackbone
+    backbone: Backbone
     vocabulary: Vocabulary
     relations: dict[str, UsableRelation]
     results: dict[str, Any]
@@ -393,7 +395,7 @@ class _Job:
             for name, found in learned.items():
                 SavedPrompt(
                     relation=name,
-                    template=self.config.template or DEFAULT_CAUSAL,
+                    template=self.config.template or default_template(self.backbone.causal),
                     backbone=self.backbone.name,
                     fingerprint=self.backbone.fingerprint,
                     data=self.config.data,
@@ -521,7 +523,7 @@ class _Job:
 
 
 def prediction_lines(
-    method: str, facts: Sequence[Fact], found: Predictions, backbone: CausalBackbone
+    method: str, facts: Sequence[Fact], found: Predictions, backbone: Backbone
 ) -> Iterator[dict[str, Any]]:
     """One JSON-ready line per fact: its rank, probability, and the best answers."""
     for i, fact in enumerate(facts):
@@ -622,7 +624,7 @@ def _stop_signals() -> Iterator[Any]:
 # ------------------------------------------------------------------------------------------------- with saved prompts
 
 
-def _backbone_for(prompts: Mapping[str, SavedPrompt], name: str | None, dtype: str | None) -> CausalBackbone:
+def _backbone_for(prompts: Mapping[str, SavedPrompt], name: str | None, dtype: str | None) -> Backbone:
     """The backbone that all of the prompts were learned on.
 
     Raises:

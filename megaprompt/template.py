@@ -3,6 +3,7 @@
     "<3>[X]<3>[Y]"                         three pseudo tokens, the subject, three pseudo tokens, the object
     "<2> capital [X] <2>[Y]"               literal anchor words may stand anywhere (section 3.2)
     "The capital of [X] is [Y] ."          no pseudo tokens at all: a manual prompt
+    "<3>[X]<3>[Y]<3>"                      for bidirectional models, which also read what follows the object
 
 `Template.parse` reads the notation, `Template.render` turns a subject into the token sequence of a query. A pseudo
 token is not a token of any vocabulary; its vector is learned. In a sequence the k-th pseudo token of a template is the
@@ -19,7 +20,13 @@ from typing import NamedTuple
 from megaprompt.errors import UsageError
 
 SUBJECT, OBJECT = "[X]", "[Y]"
-DEFAULT_CAUSAL = "<3>[X]<3>[Y]"
+DEFAULT_CAUSAL, DEFAULT_MASKED = "<3>[X]<3>[Y]", "<3>[X]<3>[Y]<3>"
+
+
+def default_template(causal: bool) -> str:
+    """The paper's template for a kind of model."""
+    return DEFAULT_CAUSAL if causal else DEFAULT_MASKED
+
 
 Piece = str | int
 """One piece of a template: the length of a run of pseudo tokens, `SUBJECT`, `OBJECT`, or literal text."""
@@ -30,17 +37,21 @@ class Query(NamedTuple):
 
     tokens: tuple[int, ...]
     target: int
+    bidirectional: bool = False  # every token sees all others, not only those before it
 
 
 class TextEncoder(NamedTuple):
     """How one backbone reads text; made by `megaprompt.backbone`.
 
     `encode(text, is_start)` gives vocabulary ids without special tokens; text that is not the start follows a word.
-    `prefix` is what stands before every text (a beginning-of-text token, or nothing).
+    `prefix` is what stands before every text (a beginning-of-text token, or nothing). A bidirectional model has a
+    `mask` token, which stands for the object, and a `suffix` after every text.
     """
 
     encode: Callable[[str, bool], list[int]]
     prefix: tuple[int, ...] = ()
+    mask: int | None = None
+    suffix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,10 @@ class Template:
         return sum(piece for piece in self.pieces if isinstance(piece, int))
 
     def render(self, subject: str, encoder: TextEncoder) -> Query:
-        """The query of one subject for a causal backbone: everything before [Y], predicted from the last token.
+        """The query of one subject.
+
+        For a causal backbone that is everything before [Y], which is predicted from the last token; for a bidirectional
+        one all of the template, with the mask token for [Y], which is predicted there.
 
         Words are separated by the backbone's own convention: text that follows a pseudo token starts a new word, and
         white space before a pseudo token or the object is dropped, since the space belongs to the next word's token.
@@ -80,21 +94,29 @@ class Template:
         Raises:
             UsageError: [X] stands after [Y], where a causal model cannot see it, or nothing stands before [Y].
         """
-        before = self.pieces[: self.pieces.index(OBJECT)]
-        if SUBJECT not in before:
+        pieces = self.pieces if encoder.mask is not None else self.pieces[: self.pieces.index(OBJECT)]
+        if SUBJECT not in pieces:
             raise UsageError(
                 f"template {self.text!r} has [X] after [Y]; a causal backbone reads only what stands before the object"
             )
-        tokens, pseudo, text = list(encoder.prefix), 0, ""
+        tokens, pseudo, text, target = list(encoder.prefix), 0, "", 0
         is_start = True
-        for piece in (*before, 0):  # the 0 flushes the last text
-            if not isinstance(piece, int):
+        for piece in (*pieces, 0):  # the 0 flushes the last text
+            if not isinstance(piece, int) and piece != OBJECT:
                 text += subject if piece == SUBJECT else piece
                 continue
             if text := text.strip():
                 tokens += encoder.encode(text, is_start)
                 is_start, text = False, ""
-            tokens += range(-1 - pseudo, -1 - pseudo - piece, -1)
-            pseudo += piece
-            is_start = is_start and piece == 0
-        return Query(tuple(tokens), len(tokens) - 1)
+            if isinstance(piece, int):
+                tokens += range(-1 - pseudo, -1 - pseudo - piece, -1)
+                pseudo += piece
+                is_start = is_start and piece == 0
+            else:
+                assert encoder.mask is not None  # otherwise nothing is read from [Y] on
+                target = len(tokens)
+                tokens.append(encoder.mask)
+                is_start = False
+        if encoder.mask is None:
+            return Query(tuple(tokens), len(tokens) - 1)
+        return Query((*tokens, *encoder.suffix), target, bidirectional=True)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from megaprompt.backbone import CausalBackbone
+from megaprompt.backbone import Backbone
 from megaprompt.distributed.launch import World
 from megaprompt.distributed.schedule import assign, my_passes, padded
 from megaprompt.errors import MegapromptError, UsageError
@@ -114,7 +114,7 @@ class Task:
 
 
 def backward_passes(
-    backbone: CausalBackbone,
+    backbone: Backbone,
     prompts: Tensor | None,
     queries: Sequence[Query],
     objects: Sequence[int],
@@ -225,7 +225,7 @@ class _Learner(Course):
     """One relation while its prompt is trained: its course, encoder, optimizer, and best prompts so far."""
 
     def __init__(
-        self, task: Task, backbone: CausalBackbone, kind: EncoderKind, recipe: Recipe, seed: int, scale: LossScale
+        self, task: Task, backbone: Backbone, kind: EncoderKind, recipe: Recipe, seed: int, scale: LossScale
     ) -> None:
         super().__init__(task, recipe, seed)
         self.best["prompts"] = None
@@ -333,7 +333,7 @@ class Trainer:
 
     def __init__(
         self,
-        backbone: CausalBackbone,
+        backbone: Backbone,
         tasks: Sequence[Task],
         recipe: Recipe,
         *,
@@ -373,8 +373,8 @@ class Trainer:
         queries, objects, offset = [], [], 0
         for learner, examples, indices in picks:
             for i in indices:
-                tokens, target = examples.queries[i]
-                queries.append(Query(tuple(t if t >= 0 else t - offset for t in tokens), target))
+                query = examples.queries[i]
+                queries.append(query._replace(tokens=tuple(t if t >= 0 else t - offset for t in query.tokens)))
                 objects.append(examples.objects[i])
             offset += learner.task.num_pseudo_tokens
         return queries, objects

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from megaprompt.backbone import CausalBackbone
+from megaprompt.backbone import Backbone
 
 PAIRS = {
     "P36": [
@@ -63,9 +63,9 @@ def make_model(kind: str, vocabulary: int, seed: int = 0):
 def make_backbone(tokenizer):
     """A fresh small backbone in double precision: `make_backbone("gpt2")`."""
 
-    def make(kind: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0) -> CausalBackbone:
+    def make(kind: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0) -> Backbone:
         model = make_model(kind, len(tokenizer), seed)
-        return CausalBackbone(model.to(dtype), tokenizer, name=kind)
+        return Backbone(model.to(dtype), tokenizer, name=kind)
 
     return make
 

@@ -31,7 +31,7 @@ def plain_logits(backbone, queries, prompts):
     """No packing, no mask, no position ids: one forward of the transformers model per query."""
     embedding = backbone.model.get_input_embeddings().weight
     rows = []
-    for tokens, target in queries:
+    for tokens, target, _ in queries:
         vectors = torch.stack([embedding[t] if t >= 0 else prompts[-1 - t] for t in tokens])
         backbone._targets = None
         rows.append(backbone.model(inputs_embeds=vectors[None]).logits[0, target])

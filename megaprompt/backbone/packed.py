@@ -7,9 +7,26 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from megaprompt.packing import PackedBatch
+
+
+def language_model(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForMaskedLM]:
+    """Which kind of language model a configuration describes.
+
+    It says so itself, unless it was made by hand; then models that can be masked ones are.
+    """
+    named = (config.architectures or [""])[0]
+    if named.endswith(("ForCausalLM", "LMHeadModel")) or getattr(config, "is_decoder", False):
+        return AutoModelForCausalLM
+    return AutoModelForMaskedLM if type(config) in MODEL_FOR_MASKED_LM_MAPPING else AutoModelForCausalLM
 
 
 class PackedModel(nn.Module):
@@ -25,6 +42,8 @@ class PackedModel(nn.Module):
         _fuse_rms_norms(model)
         self.model = model.eval().requires_grad_(trainable)
         self.hidden_size = cast(nn.Embedding, model.get_input_embeddings()).embedding_dim
+        self.causal = language_model(model.config) is AutoModelForCausalLM
+        self._first_position = 0 if self.causal else _first_position(model)
         self._targets: Tensor | None = None
         # The output layer is by far the widest: feed it the targets, not every position. Going through the model's own
         # head keeps whatever it does to the logits afterwards (scaling, soft caps).
@@ -55,12 +74,20 @@ class PackedModel(nn.Module):
             output = self.model(
                 inputs_embeds=embeddings,
                 attention_mask=batch.attention_mask(),
-                position_ids=batch.position_ids,
-                use_cache=False,
+                position_ids=batch.position_ids + self._first_position,
+                **({"use_cache": False} if self.causal else {}),
             )
         finally:
             self._targets = None
         return output.logits
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    """The position of the first token: RoBERTa and its kin count from behind the padding's."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
 
 
 @torch.no_grad()

@@ -155,7 +155,7 @@ _SECTIONS: dict[torch.dtype, dict[str, Any]] = {
 
 
 def new_sharded(model_config: PreTrainedConfig, dtype: torch.dtype, config: dict[str, Any]) -> PreTrainedModel:
-    """A transformers causal LM that is partitioned over the ranks, with initial weights.
+    """A transformers language model that is partitioned over the ranks, with initial weights.
 
     Raises:
         UsageError: DeepSpeed has no such type.
@@ -163,18 +163,20 @@ def new_sharded(model_config: PreTrainedConfig, dtype: torch.dtype, config: dict
     _prefer_cpu_without_gpu()
     import deepspeed
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+
+    from megaprompt.backbone.packed import language_model
 
     if dtype not in _SECTIONS:
         raise UsageError(f"--dtype {dtype}: a sharded backbone is float32, bfloat16 or float16; leave --deepspeed out")
     build_operators(config)
     _return_freed_memory()
+    kind = language_model(model_config)
     options = {"dtype": dtype, "attn_implementation": "sdpa"}
     with init_empty_weights(include_buffers=False):
-        empty = AutoModelForCausalLM.from_config(model_config, **options)
+        empty = kind.from_config(model_config, **options)
     _check_swap_space(empty, config)
     with deepspeed.zero.Init(config_dict_or_path=config | _SECTIONS[dtype]):
-        model = AutoModelForCausalLM.from_config(model_config, **options)
+        model = kind.from_config(model_config, **options)
     model.tie_weights()
     # Within zero.Init buffers (rotary frequencies) come out in the parameters' precision, which is not what they need.
     for (_, buffer), (_, exact) in zip(model.named_buffers(), empty.named_buffers(), strict=True):
@@ -183,7 +185,7 @@ def new_sharded(model_config: PreTrainedConfig, dtype: torch.dtype, config: dict
 
 
 def load_sharded(directory: Path, dtype: torch.dtype, config: dict[str, Any]) -> PreTrainedModel:
-    """Load a transformers causal LM that is partitioned over the ranks from the start; no rank ever holds it whole.
+    """Load a transformers language model, partitioned over the ranks from the start: no rank ever holds it whole.
 
     Each parameter exists whole on a rank only while it is made; its values are read from safetensors by rank 0, one
     tensor at a time, and scattered.

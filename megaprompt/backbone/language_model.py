@@ -1,4 +1,4 @@
-"""Causal language models as backbones. Any transformers causal LM that takes 4D masks will do."""
+"""Language models as backbones, causal or masked: any of transformers that takes 4D masks and position_ids."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from megaprompt.template import Query, TextEncoder
 _WORD = "a"  # what stands before text that is encoded as a continuation
 
 
-class CausalBackbone(PackedModel):
-    """A causal language model with its tokenizer; frozen, unless it is to be fine-tuned.
+class Backbone(PackedModel):
+    """A language model with its tokenizer; frozen, unless it is to be fine-tuned.
 
     `model` is the transformers model; `backbone(batch, prompts)` gives the logits at the batch's targets. Sharding
     (`megaprompt.distributed.zero3`) hooks into this module, so callers need not know whether it is sharded.
@@ -60,11 +60,23 @@ class CausalBackbone(PackedModel):
         return [ids[len(word) :] for ids in both]
 
     def text_encoder(self) -> TextEncoder:
-        """What `Template.render` needs: one text at a time, and the special token that starts every text, if any."""
+        """What `Template.render` needs: one text at a time, and the special tokens around every text, if any.
+
+        Raises:
+            MegapromptError: a masked language model whose tokenizer has no mask token.
+        """
         plain = self.tokenizer(_WORD, add_special_tokens=False)["input_ids"]
         special = self.tokenizer(_WORD)["input_ids"]
         prefix = special[: special.index(plain[0])] if plain[0] in special else []
-        return TextEncoder(lambda text, is_start: self.encode([text], is_start=is_start)[0], tuple(prefix))
+        encoder = TextEncoder(lambda text, is_start: self.encode([text], is_start=is_start)[0], tuple(prefix))
+        if self.causal:
+            return encoder
+        if self.tokenizer.mask_token_id is None:
+            raise MegapromptError(
+                f"the tokenizer of {self.name} has no mask token, which a masked language model needs"
+            )
+        suffix = special[len(prefix) + len(plain) :]
+        return encoder._replace(mask=self.tokenizer.mask_token_id, suffix=tuple(suffix))
 
     def single_tokens(self, words: Sequence[str]) -> list[int | None]:
         """The id of each word in mid-sentence, or None where it is not exactly one known token."""
@@ -85,7 +97,8 @@ class CausalBackbone(PackedModel):
         Raises:
             MegapromptError: the model ignores masks or positions (recurrent models, ALiBi), so packing is not exact.
         """
-        queries = [Query(tokens, len(tokens) - 1) for tokens in ((11, 12, 13), (11, 12, 14, 15), (11, 16))]
+        texts = ((11, 12, 13), (11, 12, 14, 15), (11, 16))
+        queries = [Query(tokens, len(tokens) - 1, not self.causal) for tokens in texts]
         together = self(pack(queries, row_tokens=64).to(self.device))
         alone = torch.cat([self(pack([query], row_tokens=64).to(self.device)) for query in queries])
         packed = pack(queries, row_tokens=64)
