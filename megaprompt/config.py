@@ -49,6 +49,9 @@ class ProbeConfig:
     methods: Names = ("manual", "p-tuning")
     """What to compare: manual, p-tuning, fine-tuning (of the whole model, on the subject alone), manual+fine-tuning (of
     the whole model, on the manual prompt). The majority object is always reported beside them."""
+    discrete: Names = ()
+    """Discrete prompts to score as well: NAME=PATH,.. where PATH is a .jsonl file with relation and template, or a
+    directory of P36.jsonl and others. Of several for a relation, the best on train and all together are scored."""
     relations: Names = ()
     """Wikidata ids such as P36,P30. All relations of the data if not given."""
     vocab: str = "auto"
@@ -125,6 +128,21 @@ class ProbeConfig:
             if method not in METHODS:
                 raise UsageError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
         _above_zero(self, "limit_facts", "relation_groups", "row_tokens", "pass_tokens")
+        self.discrete_prompts()
+
+    def discrete_prompts(self) -> dict[str, Path]:
+        """The files of discrete prompts, by the name of the method.
+
+        Raises:
+            UsageError: an option is not NAME=PATH, or a name is taken.
+        """
+        named: dict[str, Path] = {}
+        for text in self.discrete:
+            name, equals, path = text.partition("=")
+            if not (name and equals and path) or name in named or name in (*METHODS, "majority"):
+                raise UsageError(f"--discrete {text}: give NAME=PATH, each name once and not that of another method")
+            named[name] = Path(path)
+        return named
 
 
 @dataclass(frozen=True)

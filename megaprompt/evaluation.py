@@ -6,7 +6,7 @@ is needed: the rank of the gold object is one more than the number of allowed to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,48 @@ def rank_of_gold(logits: Tensor, gold: Tensor, allowed: Tensor | None = None) ->
     return better.sum(1) + 1
 
 
+class _Answers:
+    """Predictions for Q queries while they are found, part by part."""
+
+    def __init__(self, queries: int, gold: Sequence[int], allowed: Tensor, top: int, device: torch.device) -> None:
+        self.gold, self.allowed = gold, allowed.to(device)
+        self.top = min(top, int(allowed.sum()))
+        self.rank = torch.zeros(queries, dtype=torch.int64)
+        self.log_probability = torch.zeros(queries, dtype=torch.float64)
+        self.top_tokens = torch.zeros(queries, self.top, dtype=torch.int64)
+        self.top_log_probability = torch.zeros(queries, self.top, dtype=torch.float64)
+
+    def add(self, indices: Sequence[int], logits: Tensor) -> None:
+        """Take the logits [n, V] of some queries."""
+        ids = torch.tensor([self.gold[i] for i in indices], dtype=torch.int64, device=logits.device)
+        normalizer = logits.logsumexp(1, keepdim=True)
+        self.rank[indices] = rank_of_gold(logits, ids, self.allowed).cpu()
+        self.log_probability[indices] = (logits.gather(1, ids[:, None]) - normalizer)[:, 0].double().cpu()
+        if self.top:
+            best = logits.masked_fill(~self.allowed, -torch.inf).topk(self.top, dim=1)
+            self.top_tokens[indices] = best.indices.cpu()
+            self.top_log_probability[indices] = (best.values - normalizer).double().cpu()
+
+    def of_all_ranks(self, world: World) -> Predictions:
+        """What all ranks have found together."""
+        for tensor in (self.rank, self.log_probability, self.top_tokens, self.top_log_probability):
+            world.sum_(tensor, "predictions")
+        return Predictions(self.rank, self.log_probability, self.top_tokens, self.top_log_probability)
+
+
+def _computed(
+    backbone: Backbone, queries: Sequence[Query], prompts: Tensor | None, size: PassSize, world: World, everyone: World
+) -> Iterator[tuple[list[int], Tensor]]:
+    """This rank's share of the queries, some at a time, with their logits [n, vocabulary] in at least float32."""
+    for indices in padded(my_passes(queries, world, size), everyone):
+        batch = pack([queries[i] for i in indices], size.row_tokens).to(backbone.device)
+        logits = backbone(batch, prompts)[:, : backbone.vocabulary_size]
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        for part in _chunks(len(indices), logits.shape[1]):
+            yield indices[part], logits.index_select(0, batch.target_of_query[part])
+
+
 @torch.no_grad()
 def predict(
     backbone: Backbone,
@@ -67,33 +109,44 @@ def predict(
         everyone: all ranks that hold the backbone together, if `world` is a part of them; all of them must call this,
             and may have other queries, or none.
     """
-    device = backbone.device
-    top = min(top, int(allowed.sum()))
-    allowed = allowed.to(device)
-    rank = torch.zeros(len(queries), dtype=torch.int64)
-    top_tokens = torch.zeros(len(queries), top, dtype=torch.int64)
-    log_probability = torch.zeros(len(queries), dtype=torch.float64)
-    top_log_probability = torch.zeros(len(queries), top, dtype=torch.float64)
-    for indices in padded(my_passes(queries, world, size), everyone or world):
-        batch = pack([queries[i] for i in indices], size.row_tokens).to(device)
-        logits = backbone(batch, prompts)[:, : len(allowed)]
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        where = batch.target_of_query
-        ids = torch.tensor([gold[i] for i in indices], dtype=torch.int64, device=device)
-        for part in _chunks(len(indices), logits.shape[1]):
-            rows = logits.index_select(0, where[part])
-            normalizer = rows.logsumexp(1, keepdim=True)
-            here = indices[part]
-            rank[here] = rank_of_gold(rows, ids[part], allowed).cpu()
-            log_probability[here] = (rows.gather(1, ids[part, None]) - normalizer)[:, 0].double().cpu()
-            if top:
-                best = rows.masked_fill(~allowed, -torch.inf).topk(top, dim=1)
-                top_tokens[here] = best.indices.cpu()
-                top_log_probability[here] = (best.values - normalizer).double().cpu()
-    for tensor in (rank, log_probability, top_tokens, top_log_probability):
-        world.sum_(tensor, "predictions")
-    return Predictions(rank, log_probability, top_tokens, top_log_probability)
+    answers = _Answers(len(queries), gold, allowed, top, backbone.device)
+    for indices, logits in _computed(backbone, queries, prompts, size, world, everyone or world):
+        answers.add(indices, logits)
+    return answers.of_all_ranks(world)
+
+
+@torch.no_grad()
+def predict_together(
+    backbone: Backbone,
+    wordings: Sequence[Sequence[Query]],
+    weights: Sequence[float],
+    gold: Sequence[int],
+    *,
+    allowed: Tensor,
+    world: World,
+    size: PassSize,
+    top: int = 0,
+) -> Predictions:
+    """Rank the gold object of every fact by several wordings together: the weighted mean of their log-probabilities.
+
+    Args:
+        wordings: for each wording, the queries of all facts.
+        weights: of the wordings. (LPAQA, arXiv 1911.12543, equation 4.)
+    """
+    answers = _Answers(len(gold), gold, allowed, top, backbone.device)
+    together = max(world.size, (1 << 24) // backbone.vocabulary_size)  # facts, so that their scores take 64 MB
+    for start in range(0, len(gold), together):
+        facts = range(start, min(start + together, len(gold)))
+        scores = torch.zeros(len(facts), backbone.vocabulary_size, device=backbone.device)
+        mine: set[int] = set()
+        for queries, weight in zip(wordings, weights, strict=True):
+            part = [queries[i] for i in facts]
+            for indices, logits in _computed(backbone, part, None, size, world, world):
+                scores[indices] += weight * logits.log_softmax(1)
+                mine.update(indices)
+        own = sorted(mine)
+        answers.add([start + i for i in own], scores[own])
+    return answers.of_all_ranks(world)
 
 
 def _chunks(count: int, width: int, elements: int = 1 << 25) -> list[slice]:

@@ -29,10 +29,11 @@ from torch import Tensor
 from megaprompt import __version__
 from megaprompt.backbone import Backbone, load_backbone
 from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig
+from megaprompt.discrete import DiscretePrompt, read_discrete_prompts, usable
 from megaprompt.distributed.launch import World, joined_world
 from megaprompt.distributed.zero3 import DeepSpeedSettings, read_deepspeed_config
 from megaprompt.errors import MegapromptError, UsageError
-from megaprompt.evaluation import Predictions, metrics, predict, summarize
+from megaprompt.evaluation import Predictions, metrics, predict, predict_together, summarize
 from megaprompt.facts import SPLITS, Data, Fact, Relation, Split, load_data, read_vocabulary
 from megaprompt.fine_tuning import FineTuner
 from megaprompt.loss_scale import NO_SCALING
@@ -195,6 +196,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         Template.parse(config.template)  # wrong ones are told at once
     deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed is not None else DeepSpeedSettings()
     data = load_data(config.data)
+    discrete = {name: read_discrete_prompts(path) for name, path in config.discrete_prompts().items()}
     run = RunDirectory.open(config) if world.is_main else RunDirectory(config.out)
     results = world.gather(run.read_results() if config.resume else {})[0]
     if results.get("complete"):
@@ -219,7 +221,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         backbone,
         vocabulary,
         names=config.relations,
-        splits=SPLITS if "p-tuning" in config.methods or fine_tuning else ("test",),
+        splits=SPLITS if "p-tuning" in config.methods or fine_tuning else ("train", "test") if discrete else ("test",),
         limit=config.limit_facts,
         seed=config.seed,
     )
@@ -253,6 +255,9 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         job.save()
     if "p-tuning" in config.methods and "p-tuning" not in results["methods"]:
         job.p_tuning(template, recipe)
+        job.save()
+    for name, prompts in discrete.items():
+        job.discrete(name, prompts)
         job.save()
     for method in fine_tuning:
         if method not in results["methods"]:
@@ -427,6 +432,67 @@ class _Job:
             rows[name] = self._row(name, template, dev_p_at_1=found.dev["p_at_1"], epochs=found.epochs)
             predictions[name] = self.score(name, template, found.prompts.to(self.backbone.device), "test")
         self.finish("p-tuning", rows, predictions, start)
+
+    def discrete(self, name: str, prompts: Mapping[str, Sequence[DiscretePrompt]]) -> None:
+        """Score discrete prompts: the best one on train and, if a relation has several, all together.
+
+        A relation without any prompt that the backbone can read (causal ones cannot if [X] is behind [Y]) gets its
+        manual one.
+        """
+        methods = {f"{name} best": False, f"{name} ensemble": True}
+        if all(len(prompts.get(relation, ())) < 2 for relation in self.relations):
+            methods = {name: False}
+        if all(method in self.results["methods"] for method in methods):
+            return
+        self.status.phase(name)
+        start = time.monotonic()
+        encoder = self.backbone.text_encoder()
+
+        def fits(template: Template) -> bool:
+            try:
+                return bool(template.render("subject", encoder).tokens)
+            except UsageError:
+                return False
+
+        rows: dict[str, dict[str, Any]] = {method: {} for method in methods}
+        predictions: dict[str, dict[str, Predictions]] = {method: {} for method in methods}
+        with progress(name, len(self.relations), self.world.is_main, unit="relations") as update:
+            for number, relation in enumerate(self.relations, start=1):
+                found = usable(prompts.get(relation, ()), fits)
+                own = found or [DiscretePrompt(self.manual_template(relation))]
+                best = (
+                    max(own, key=lambda prompt: self._on_train(relation, prompt.template)) if len(own) > 1 else own[0]
+                )
+                for method, together in methods.items():
+                    if together and len(own) > 1:
+                        predictions[method][relation] = self._together(relation, own)
+                    else:
+                        predictions[method][relation] = self.score(relation, best.template, None, "test")
+                    rows[method][relation] = self._row(relation, best.template, prompts=len(found))
+                    if together and len(own) > 1:
+                        rows[method][relation]["template"] = f"{len(own)} prompts"
+                update(number)
+        for method in methods:
+            self.finish(method, rows[method], predictions[method], start)
+
+    def _on_train(self, name: str, template: Template) -> tuple[float, float]:
+        """How good a prompt is on the training facts; the larger the better."""
+        scores = metrics(self.score(name, template, None, "train").rank)
+        return scores["p_at_1"], scores["mrr"]
+
+    def _together(self, name: str, prompts: Sequence[DiscretePrompt]) -> Predictions:
+        """Rank the test facts of a relation by several prompts together."""
+        wordings = [self.relations[name].examples("test", prompt.template, self.backbone) for prompt in prompts]
+        return predict_together(
+            self.backbone,
+            [wording.queries for wording in wordings],
+            [prompt.weight for prompt in prompts],
+            wordings[0].objects,
+            allowed=self.vocabulary.allowed,
+            world=self.world,
+            size=self.size,
+            top=10,
+        )
 
     def fine_tuning(self, method: str) -> None:
         """Train the whole model on each relation, and score the best model on test.
