@@ -1,4 +1,4 @@
-"""Discrete prompts from files: what others mined or paraphrased (LPAQA), found by search (AutoPrompt), or wrote by hand.
+"""Discrete prompts from files: mined or paraphrased by others (LPAQA), found by search (AutoPrompt), or hand-written.
 
 A file has a line of JSON for each prompt, with `relation`, `template` ([X] and [Y]) and perhaps `weight`; a directory
 has such a file for each relation, P36.jsonl, which need not repeat its name. Scored are, as in LPAQA (arXiv 1911.12543,
@@ -46,20 +46,16 @@ def read_discrete_prompts(path: Path) -> dict[str, list[DiscretePrompt]]:
                 relation = row.get("relation") or file.stem
                 prompt = DiscretePrompt(Template.parse(row["template"]), float(row.get("weight", 1.0)))
             except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
-                raise UsageError(
-                    f"--discrete {file}:{number}: no prompt with relation and template ({error})"
-                ) from error
+                raise UsageError(f"--discrete {file}:{number}: no relation and template ({error})") from error
             if prompt.template.num_pseudo_tokens:
                 raise UsageError(f"--discrete {file}:{number}: has pseudo tokens, which no file can hold")
             found.setdefault(relation, []).append(prompt)
     if not found:
-        raise UsageError(
-            f"--discrete {path}: holds no prompts; give a .jsonl file, or a directory of P36.jsonl and others"
-        )
+        raise UsageError(f"--discrete {path}: holds no prompts; give a .jsonl file, or a directory of such files")
     return found
 
 
-def usable(prompts: Sequence[DiscretePrompt], fits: Callable[[Template], bool]) -> list[DiscretePrompt]:
+def usable_prompts(prompts: Sequence[DiscretePrompt], fits: Callable[[Template], bool]) -> list[DiscretePrompt]:
     """The prompts that a backbone can read, each wording once, with weights that add up to 1."""
     distinct = list({prompt.template.text: prompt for prompt in prompts if fits(prompt.template)}.values())
     total = sum(prompt.weight for prompt in distinct)

@@ -29,7 +29,7 @@ from torch import Tensor
 from megaprompt import __version__
 from megaprompt.backbone import Backbone, load_backbone
 from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig
-from megaprompt.discrete import DiscretePrompt, read_discrete_prompts, usable
+from megaprompt.discrete import DiscretePrompt, read_discrete_prompts, usable_prompts
 from megaprompt.distributed.launch import World, joined_world
 from megaprompt.distributed.zero3 import DeepSpeedSettings, read_deepspeed_config
 from megaprompt.errors import MegapromptError, UsageError
@@ -458,11 +458,11 @@ class _Job:
         predictions: dict[str, dict[str, Predictions]] = {method: {} for method in methods}
         with progress(name, len(self.relations), self.world.is_main, unit="relations") as update:
             for number, relation in enumerate(self.relations, start=1):
-                found = usable(prompts.get(relation, ()), fits)
+                found = usable_prompts(prompts.get(relation, ()), fits)
                 own = found or [DiscretePrompt(self.manual_template(relation))]
-                best = (
-                    max(own, key=lambda prompt: self._on_train(relation, prompt.template)) if len(own) > 1 else own[0]
-                )
+                best = own[0]
+                if len(own) > 1:
+                    best = max(own, key=lambda prompt: self._on_train(relation, prompt.template))
                 for method, together in methods.items():
                     if together and len(own) > 1:
                         predictions[method][relation] = self._together(relation, own)

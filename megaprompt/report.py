@@ -230,6 +230,7 @@ def write_report(run: Path) -> Path:
         MegapromptError: a file of the run is damaged, or the report cannot be written.
     """
     results, log = _read(run)
+    log = [line for line in log if "method" not in line]  # of prompts, not of fine-tuning
     figures = {"scores": scores_chart(results)}
     if log:
         figures["learning_curves"] = learning_chart(results, log)

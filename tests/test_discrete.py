@@ -101,8 +101,8 @@ def test_files_of_one_prompt_per_relation(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "x.jsonl:1: no prompt with relation and template"),
-        ('{"relation": "P36"}', "x.jsonl:1: no prompt with relation and template"),
+        ("{", "x.jsonl:1: no relation and template"),
+        ('{"relation": "P36"}', "x.jsonl:1: no relation and template"),
         ('{"template": "no placeholders"}', "needs exactly one"),
         ('{"template": "<3>[X][Y]"}', "x.jsonl:1: has pseudo tokens"),
         ("", "holds no prompts"),
