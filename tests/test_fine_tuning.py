@@ -18,7 +18,7 @@ from megaprompt.packing import PassSize
 from megaprompt.probe import ProbeConfig, probe
 from megaprompt.template import Template
 from megaprompt.training import Examples, Hooks, Interrupted, Recipe, Task
-from tests.conftest import PAIRS, run_cli
+from tests.conftest import PAIRS, run_cli, write_data
 from tests.test_distributed import torchrun
 
 ROOT = Path(__file__).parents[1]
@@ -160,22 +160,28 @@ def test_interrupted_fine_tuning_goes_on_with_the_next_relation(config, tmp_path
     assert resumed["methods"]["fine-tuning"]["relations"] == whole["methods"]["fine-tuning"]["relations"]
 
 
+@pytest.fixture(scope="module")
+def alone(backbone_directory, tmp_path_factory):
+    """Data, and a run on one process without DeepSpeed."""
+    path = tmp_path_factory.mktemp("alone")
+    data = write_data(path / "data")
+    finished = run_cli(*options(backbone_directory, data, path / "run", *BOTH))
+    assert finished.returncode == 0, finished.stderr
+    return data, path / "run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "config"),
-    [(2, None), (1, "zero3.json"), (2, "zero3.json"), (1, "zero3_cpu_offload.json"), (2, "zero3_cpu_offload.json")],
+    ("ranks", "config"), [(2, None), (1, "zero3.json"), (2, "zero3.json"), (2, "zero3_cpu_offload.json")]
 )
-def test_deepspeed_and_ranks_change_nothing(backbone_directory, data_directory, tmp_path, ranks, config):
-    alone = run_cli(*options(backbone_directory, data_directory, tmp_path / "alone", *BOTH))
-    assert alone.returncode == 0, alone.stderr
+def test_deepspeed_and_ranks_change_nothing(backbone_directory, alone, tmp_path, ranks, config):
+    data, run = alone
     more = ("--deepspeed", ROOT / "ds_configs" / config) if config else ()
-    many = run_cli(
-        *options(backbone_directory, data_directory, tmp_path / "many", *BOTH, *more), launcher=torchrun(ranks)
-    )
+    many = run_cli(*options(backbone_directory, data, tmp_path / "many", *BOTH, *more), launcher=torchrun(ranks))
     assert many.returncode == 0, many.stderr
-    torch.testing.assert_close(losses(tmp_path / "alone"), losses(tmp_path / "many"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses(run), losses(tmp_path / "many"), rtol=1e-4, atol=1e-5)
     for method in ("fine-tuning", "manual+fine-tuning"):
-        one, other = rows(tmp_path / "alone", method), rows(tmp_path / "many", method)
+        one, other = rows(run, method), rows(tmp_path / "many", method)
         for name in one:
             assert abs(one[name]["p_at_1"] - other[name]["p_at_1"]) < 0.1
 
