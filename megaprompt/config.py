@@ -63,6 +63,9 @@ class ProbeConfig:
     masked ones."""
     encoder: EncoderKind = "lstm"
     """Prompt encoder: lstm (the paper's), mlp, or none (the vectors themselves are trained)."""
+    init: Literal["manual"] | None = None
+    """With --encoder none, `manual` starts with the embeddings of the relation's manual prompt, each of whose tokens
+    becomes a pseudo token in its place (OptiPrompt); instead of --template."""
     recipe: Literal["fast", "paper"] = "fast"
     """Preset of the six options that follow. `paper` takes what the paper's code sets and is much slower."""
     learning_rate: float | None = None
@@ -129,6 +132,8 @@ class ProbeConfig:
                 raise UsageError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
         _above_zero(self, "limit_facts", "relation_groups", "row_tokens", "pass_tokens")
         self.discrete_prompts()
+        if self.init == "manual" and (self.encoder != "none" or self.template is not None):
+            raise UsageError("--init manual: give --encoder none, and no --template")
 
     def discrete_prompts(self) -> dict[str, Path]:
         """The files of discrete prompts, by the name of the method.

@@ -254,7 +254,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         job.manual()
         job.save()
     if "p-tuning" in config.methods and "p-tuning" not in results["methods"]:
-        job.p_tuning(template, recipe)
+        job.p_tuning(None if config.init == "manual" else template, recipe)
         job.save()
     for name, prompts in discrete.items():
         job.discrete(name, prompts)
@@ -336,12 +336,12 @@ class _Job:
             )
         return Template.parse(text)
 
-    def task(self, name: str, template: Template) -> Task:
+    def task(self, name: str, template: Template, vectors: Tensor | None = None) -> Task:
         """The facts to learn a relation from."""
         train, dev = (self.relations[name].examples(split, template, self.backbone) for split in ("train", "dev"))
-        return Task(name, template.num_pseudo_tokens, train, dev)
+        return Task(name, template.num_pseudo_tokens, train, dev, vectors)
 
-    def learn(self, trainer: Trainer) -> dict[str, Learned]:
+    def learn(self, trainer: Trainer, templates: Mapping[str, Template]) -> dict[str, Learned]:
         """Train prompts, with checkpoints, log and progress; saves the best of each relation."""
         run, world = self.run, self.world
         seconds, log_size = 0.0, 0  # before this process started
@@ -400,7 +400,7 @@ class _Job:
             for name, found in learned.items():
                 SavedPrompt(
                     relation=name,
-                    template=self.config.template or default_template(self.backbone.causal),
+                    template=templates[name].text,
                     backbone=self.backbone.name,
                     fingerprint=self.backbone.fingerprint,
                     data=self.config.data,
@@ -410,12 +410,21 @@ class _Job:
                 ).save(run.path / "prompts" / f"{name}.safetensors")
         return learned
 
-    def p_tuning(self, template: Template, recipe: Recipe) -> None:
-        """Learn prompts, and score the best of each relation on test."""
+    def p_tuning(self, template: Template | None, recipe: Recipe) -> None:
+        """Learn prompts, from the manual ones if there is no template, and score the best of each relation on test."""
+        tasks: list[Task] = []
+        templates: dict[str, Template] = {}
+        for name in self.relations:
+            if template is not None:
+                templates[name], vectors = template, None
+            else:
+                templates[name], tokens = self.manual_template(name).softened(self.backbone.text_encoder())
+                vectors = self.backbone.embeddings(tokens)
+            tasks.append(self.task(name, templates[name], vectors))
         half = self.backbone.model.dtype == torch.float16
         trainer = Trainer(
             self.backbone,
-            [self.task(name, template) for name in self.relations],
+            tasks,
             recipe,
             encoder=self.config.encoder,
             seed=self.config.seed,
@@ -424,13 +433,13 @@ class _Job:
             groups=self.config.relation_groups,
             loss_scale=self.deepspeed.loss_scale if half else NO_SCALING,
         )
-        learned = self.learn(trainer)
+        learned = self.learn(trainer, templates)
         self.status.phase("test")
         start = time.monotonic()
         rows, predictions = {}, {}
         for name, found in learned.items():
-            rows[name] = self._row(name, template, dev_p_at_1=found.dev["p_at_1"], epochs=found.epochs)
-            predictions[name] = self.score(name, template, found.prompts.to(self.backbone.device), "test")
+            rows[name] = self._row(name, templates[name], dev_p_at_1=found.dev["p_at_1"], epochs=found.epochs)
+            predictions[name] = self.score(name, templates[name], found.prompts.to(self.backbone.device), "test")
         self.finish("p-tuning", rows, predictions, start)
 
     def discrete(self, name: str, prompts: Mapping[str, Sequence[DiscretePrompt]]) -> None:

@@ -82,6 +82,7 @@ def new_prompt_encoder(
     seed: int,
     relation: str,
     near: EmbeddingStatistics | None = None,
+    vectors: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PromptEncoder:
     """A prompt encoder whose initial weights depend on the seed and the relation's name only.
@@ -91,11 +92,15 @@ def new_prompt_encoder(
     Args:
         near: start with vectors close to the mean of these embeddings. PyTorch's own initialization gives vectors that
             are almost equal and unlike any embedding, and the first third of a short training is spent on leaving them.
+        vectors: start with exactly these [pseudo tokens, hidden size]; of kind none only.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, relation, "prompt encoder"))
         encoder = PromptEncoder(num_pseudo_tokens, hidden_size, kind).to(dtype)
-    if near is not None:
+    if vectors is not None:
+        assert kind == "none"
+        encoder.embedding.weight.data.copy_(vectors)
+    elif near is not None:
         encoder.start_near(near)
     return encoder
 

@@ -82,6 +82,24 @@ class Template:
         """How many vectors a prompt for this template has."""
         return sum(piece for piece in self.pieces if isinstance(piece, int))
 
+    def softened(self, encoder: TextEncoder) -> tuple[Template, list[int]]:
+        """A manual prompt with a pseudo token for each of its tokens, and the ids of these tokens.
+
+        With their embeddings as vectors it asks what the manual prompt asks (OptiPrompt, arXiv 2104.05240, section 3).
+        """
+        text, tokens, is_start = "", [], True
+        for piece in self.pieces:
+            if piece in (SUBJECT, OBJECT):
+                text += str(piece)
+            elif isinstance(piece, str):
+                ids = encoder.encode(piece.strip(), is_start)
+                text += f"<{len(ids)}>"
+                tokens += ids
+            is_start = False
+            if piece == OBJECT and encoder.mask is None:  # a causal backbone reads no further
+                break
+        return Template.parse(text), tokens
+
     def render(self, subject: str, encoder: TextEncoder) -> Query:
         """The query of one subject.
 

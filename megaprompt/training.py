@@ -111,6 +111,7 @@ class Task:
     num_pseudo_tokens: int
     train: Examples
     dev: Examples
+    vectors: Tensor | None = None  # [pseudo tokens, hidden size] to start with, without a prompt encoder
 
 
 def backward_passes(
@@ -239,6 +240,7 @@ class _Learner(Course):
             seed=seed,
             relation=task.relation,
             near=backbone.embedding_statistics if recipe.start_near_embeddings else None,
+            vectors=task.vectors,
             dtype=dtype,
         ).to(backbone.device)
         self.optimizer = new_optimizer(self.encoder.parameters(), recipe)

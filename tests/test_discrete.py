@@ -1,6 +1,7 @@
 """Discrete prompts: files, the best on train, and ensembles."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megaprompt.evaluation import predict_together, rank_of_gold
 from megaprompt.packing import PassSize
 from megaprompt.probe import probe
 from megaprompt.template import Template
+from megaprompt.training import Learned, Trainer
 from tests.conftest import PAIRS, run_cli
 from tests.test_distributed import torchrun
 
@@ -118,6 +120,36 @@ def test_wrong_files_are_told_with_their_line(tmp_path, line, message):
 def test_wrong_options(config, text):
     with pytest.raises(UsageError, match=r"--discrete .*give NAME=PATH"):
         replace(config, discrete=tuple(text.split(",")))
+
+
+@pytest.mark.parametrize("encoder", ["lstm", "mlp"])
+def test_manual_vectors_need_a_prompt_without_encoder(config, encoder):
+    with pytest.raises(UsageError, match="--init manual: give --encoder none"):
+        replace(config, init="manual", encoder=encoder)
+
+
+def test_before_training_vectors_of_the_manual_prompt_score_as_it_does(config, monkeypatch):
+    monkeypatch.setattr(Trainer, "train", lambda self, *_: {x.task.relation: start(x) for x in self.learners})
+    results = probe(replace(config, methods=("manual", "p-tuning"), init="manual", encoder="none"))
+    manual, learned = (results["methods"][name]["relations"] for name in ("manual", "p-tuning"))
+    for name in manual:
+        pseudo_tokens = sum(map(int, re.findall(r"<(\d+)>", learned[name]["template"])))
+        assert pseudo_tokens >= len(manual[name]["template"].split()) - 3  # without [X], [Y] and the full stop
+        for score in ("p_at_1", "p_at_10", "mrr"):
+            assert learned[name][score] == pytest.approx(manual[name][score])
+    before = list(map(json.loads, (config.out / "predictions" / "P36.jsonl").read_text().splitlines()))
+    for one, other in zip(before[:13], before[13:], strict=True):
+        assert one["probability"] == pytest.approx(other["probability"], rel=1e-4)
+
+
+def start(learner) -> Learned:
+    return Learned(learner.encoder().detach(), 0, 0, {"p_at_1": 0.0, "mrr": 0.0})
+
+
+def test_vectors_of_the_manual_prompt_are_trained_from_there(config):
+    config = replace(config, methods=("manual", "p-tuning"), init="manual", encoder="none", learning_rate=0.01)
+    results = probe(replace(config, max_epochs=20, patience=20))
+    assert results["methods"]["p-tuning"]["macro"]["mrr"] > results["methods"]["manual"]["macro"]["mrr"]
 
 
 @pytest.mark.slow

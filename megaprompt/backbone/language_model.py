@@ -84,6 +84,13 @@ class Backbone(PackedModel):
         ids = self.encode(words, is_start=False)
         return [i[0] if len(i) == 1 and i[0] != unknown and i[0] < self.vocabulary_size else None for i in ids]
 
+    @torch.no_grad()
+    def embeddings(self, tokens: Sequence[int]) -> Tensor:
+        """The input vectors [tokens, hidden size] of some tokens, float32, on the CPU. All ranks must call it."""
+        table = cast(nn.Embedding, self.model.get_input_embeddings())
+        with whole([cast(nn.Parameter, table.weight)]):
+            return table(torch.tensor(tokens, device=self.device)).float().cpu()
+
     def text_of(self, token: int) -> str:
         """A token as a word, without the white space that it starts with."""
         return str(self.tokenizer.decode([token])).strip()
