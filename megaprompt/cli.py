@@ -212,7 +212,7 @@ def _print(table: object) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=132)
     console.print(table)
 
 

@@ -25,6 +25,7 @@ from typing import Any, cast
 import psutil
 import torch
 from matplotlib.figure import Figure
+from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -352,9 +353,9 @@ _TITLE = "Peak memory of a rank in GB, and what it holds between the steps (meas
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Predicted beside measured, for a terminal."""
-    result = Table(title=_TITLE)
+    result = Table(title=_TITLE, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in _COLUMNS:
-        result.add_column(column, justify="left" if column in _COLUMNS[:3] else "right")
+        result.add_column(column, justify="left" if column in _COLUMNS[:3] else "right", no_wrap=True)
     for row in rows:
         result.add_row(*_cells(row))
     return result

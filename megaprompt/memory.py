@@ -365,7 +365,8 @@ def predict(profile: Profile, job: Job) -> Need:
         during_pass = device["activations"] + device["gathered"] + 2 * bucket  # the second one while it is scattered
         if offload == "none":
             device["gradients"] = size * share
-            in_step = bucket + 4 * min(job.zero.get("sub_group_size", 1_000_000_000), share)  # gradients of a group
+            group = min(job.zero.get("sub_group_size", 1_000_000_000), share)
+            in_step = bucket + (4 if size >= 4 else 4 + size) * group  # its gradients in a row, and in float32
         else:
             host["gradients"] = (size + 4) * share
             norm = 8 * -(-max(profile.numels) // ranks)  # of the largest partition, in float64
