@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megaprompt import __version__
 from megaprompt.backbone import CausalBackbone, load_backbone
+from megaprompt.backbone.tokenization import Tokenization
 from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig
 from megaprompt.distributed.launch import World, joined_world
 from megaprompt.distributed.zero3 import DeepSpeedSettings, read_deepspeed_config
@@ -84,7 +85,7 @@ class UsableRelation:
         return min(counts, key=lambda token: (-counts[token], token)) if counts else None
 
 
-def load_vocabulary(option: str, data: Data, backbone: CausalBackbone) -> Vocabulary:
+def load_vocabulary(option: str, data: Data, backbone: Tokenization) -> Vocabulary:
     """The allowed tokens that the option --vocab names: a file, `none`, or `auto`.
 
     Raises:
@@ -104,7 +105,7 @@ def load_vocabulary(option: str, data: Data, backbone: CausalBackbone) -> Vocabu
 
 
 def usable_relation(
-    relation: Relation, backbone: CausalBackbone, vocabulary: Vocabulary, limit: int | None, seed: int
+    relation: Relation, backbone: Tokenization, vocabulary: Vocabulary, limit: int | None, seed: int
 ) -> UsableRelation:
     """Leave out, and count, the facts that cannot be scored or are over the limit."""
     facts: dict[Split, list[Fact]] = {}
