@@ -27,6 +27,7 @@ setup(
         "ninja",
         "psutil>=5.9",
         "pyyaml>=6.0",
+        "requests>=2.31",
         "rich>=13.7",
         "safetensors>=0.4.3",
         "tensorboard>=2.16",

@@ -21,6 +21,7 @@ _COMMANDS = {
     "status": "tell how far a run is",
     "plan": "tell what a run will need in memory, and whether it fits, before anything is loaded",
     "memory": "measure what training needs in memory, beside what is predicted",
+    "data": "fetch published facts, make a vocabulary that several models share, count facts",
     "convert": "convert a fairseq checkpoint such as Megatron 11B, or convert it back",
 }
 
@@ -42,7 +43,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("megaprompt: interrupted; continue with --resume", file=sys.stderr)
+        how = "the same command goes on" if args[:1] == ["data"] else "continue with --resume"
+        print(f"megaprompt: interrupted; {how}", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
@@ -73,6 +75,7 @@ def _run(args: list[str]) -> int:
         "status": _status,
         "plan": _plan,
         "memory": _memory,
+        "data": _data,
         "convert": _convert,
     }
     handlers[command](args[1:])
@@ -205,6 +208,71 @@ def _memory(args: list[str]) -> None:
     config = parse(MemoryConfig, args, "megaprompt memory")
     _print(table(measure_all(config)))
     print(f"results  {config.out / 'memory.json'}\nchart    {config.out / 'memory.png'}")
+
+
+_DATA_COMMANDS = {
+    "fetch": "download LAMA, AutoPrompt's or P-tuning's facts",
+    "vocabulary": "write the words that are one token for every one of several models",
+    "count": "count the facts that a vocabulary leaves to a model",
+}
+
+
+def _data(args: list[str]) -> None:
+    command = args[0] if args else "--help"
+    if command in ("-h", "--help"):
+        print("usage: megaprompt data COMMAND [options]\n")
+        print("\n".join(f"  {name:10} {about}" for name, about in _DATA_COMMANDS.items()))
+        return
+    if command not in _DATA_COMMANDS:
+        raise UsageError(f"data {command}: no such command; choose from {', '.join(_DATA_COMMANDS)}")
+    {"fetch": _data_fetch, "vocabulary": _data_vocabulary, "count": _data_count}[command](args[1:])
+
+
+def _data_fetch(args: list[str]) -> None:
+    from megaprompt.config import FetchConfig, parse
+    from megaprompt.fetch import SOURCES, fetch
+
+    config = parse(FetchConfig, args, "megaprompt data fetch")
+    source = SOURCES[config.source]
+    out = config.out or Path("data") / config.source
+    if config.url is not None:
+        source = source._replace(url=config.url, relations_url=None)
+    fetched = fetch(source, out)
+    facts = ", ".join(f"{count} {split}" for split, count in fetched.facts.items())
+    print(f"{out} has {fetched.relations} relations: {facts} facts")
+    if fetched.templates < fetched.relations:
+        print(f"{fetched.relations - fetched.templates} of the relations have no manual prompt: add to relations.jsonl")
+    vocab = f" --vocab {out / fetched.vocabularies[0]}" if fetched.vocabularies else ""
+    methods = "" if fetched.facts["train"] else " --methods manual"
+    print(f"megaprompt probe --data {out}{vocab}{methods} ...")
+
+
+def _data_vocabulary(args: list[str]) -> None:
+    from megaprompt.backbone import load_tokenizer
+    from megaprompt.config import VocabularyConfig, parse
+    from megaprompt.facts import read_vocabulary
+    from megaprompt.run_directory import write_file
+    from megaprompt.vocabulary import common_words
+
+    config = parse(VocabularyConfig, args, "megaprompt data vocabulary")
+    candidates = None if config.words is None else read_vocabulary(config.words)
+    words = common_words([load_tokenizer(name) for name in config.backbones], candidates)
+    write_file(config.out, "".join(f"{word}\n" for word in words).encode())
+    print(f"{config.out} has {len(words)} words that are one token of {', '.join(config.backbones)}")
+
+
+def _data_count(args: list[str]) -> None:
+    from megaprompt.backbone import load_tokenizer
+    from megaprompt.config import CountConfig, parse
+    from megaprompt.facts import load_data
+    from megaprompt.vocabulary import beside_lama, count_facts, count_table
+
+    config = parse(CountConfig, args, "megaprompt data count")
+    data = load_data(config.data)
+    counts = count_facts(data, config.vocab, load_tokenizer(config.backbone))
+    _print(count_table(counts, f"facts of {data.name} for {config.backbone}, --vocab {config.vocab}"))
+    if published := beside_lama(counts):
+        print(published)
 
 
 def _print(table: object) -> None:

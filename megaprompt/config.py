@@ -321,6 +321,47 @@ class MemoryConfig:
                 raise UsageError(f"--ranks {ranks}: give numbers above 0")
 
 
+@dataclass(frozen=True)
+class FetchConfig:
+    """Download published facts into a directory for --data. Called again, it goes on where it stopped."""
+
+    source: tyro.conf.Positional[Literal["lama", "autoprompt-trex", "p-tuning-lama"]]
+    """lama: LAMA's test facts. autoprompt-trex: AutoPrompt's train, dev and test. p-tuning-lama: the same with the
+    vocabularies of the P-tuning paper."""
+    out: Path | None = None
+    """Directory to write; data/SOURCE if not given. It must not exist."""
+    url: str | None = None
+    """Another address of the archive, such as a mirror."""
+
+
+@dataclass(frozen=True)
+class VocabularyConfig:
+    """Write the words that are one token for every one of several models: a file for --vocab."""
+
+    backbones: Names
+    """As for `megaprompt probe`, separated by commas. Only their tokenizers are loaded."""
+    out: Path
+    """File to write, one word a line."""
+    words: Path | None = None
+    """Choose only among these words, one a line, such as LAMA's common vocabulary."""
+
+    def __post_init__(self) -> None:
+        if not self.backbones:
+            raise UsageError("--backbones: name at least one")
+
+
+@dataclass(frozen=True)
+class CountConfig:
+    """Count the facts whose object is one token of a model and in a vocabulary, by relation and split."""
+
+    data: str = "geonames"
+    """geonames (packaged), or a directory in the LAMA layout."""
+    vocab: str = "auto"
+    """Allowed answers: a file with one word a line, `none` for all tokens, or `auto`: the data's own file, if any."""
+    backbone: str = "smollm2-135m"
+    """As for `megaprompt probe`. Only its tokenizer is loaded."""
+
+
 def _above_zero(config: Any, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) is not None and value <= 0:

@@ -64,7 +64,8 @@ def load_data(spec: str) -> Data:
     Read are, with `relations.jsonl` (relation, template, label, type) in the directory where there is one:
     - `trex/{train,dev,test}/P36.jsonl`
     - `TREx/P36.jsonl`, LAMA's release: test facts only
-    - `P36/{train,dev,test}.jsonl`, also below `original/` or `fact-retrieval/original/`: AutoPrompt's and P-tuning's
+    - `P36/{train,dev,test}.jsonl`, also below `original/` or `fact-retrieval/original/`: AutoPrompt's and P-tuning's,
+      or below `autoprompt_data/`: AutoPrompt's, as OptiPrompt packed it
 
     Raises:
         UsageError: there is no such data.
@@ -75,7 +76,7 @@ def load_data(spec: str) -> Data:
     root = Path(spec)
     if not root.is_dir():
         raise UsageError(f"--data {spec}: there is no such directory; give geonames or a directory in the LAMA layout")
-    files = _fact_files(root)
+    files = fact_files(root)
     if not files:
         raise UsageError(
             f"--data {spec}: no facts found; expected trex/train/P36.jsonl, TREx/P36.jsonl or P36/train.jsonl below it"
@@ -100,17 +101,18 @@ def load_data(spec: str) -> Data:
     return Data(root.resolve().name, relations, vocabularies[0] if len(vocabularies) == 1 else None)
 
 
-def _fact_files(root: Path) -> dict[str, dict[Split, Path]]:
+def fact_files(root: Path) -> dict[str, dict[Split, Path]]:
     """The fact files of every relation below `root`, in the first layout that is there."""
     files: dict[str, dict[Split, Path]] = {}
+    # A hidden file is no relation: archives packed on a Mac have a ._P36.jsonl beside P36.jsonl.
     for split in SPLITS:
-        for path in root.glob(f"trex/{split}/*.jsonl"):
+        for path in root.glob(f"trex/{split}/[!.]*.jsonl"):
             files.setdefault(path.stem, {})[split] = path
-    for path in () if files else root.glob("TREx/*.jsonl"):
+    for path in () if files else root.glob("TREx/[!.]*.jsonl"):
         files[path.stem] = {"test": path}
-    for below in () if files else (".", "original", "fact-retrieval/original"):
+    for below in () if files else (".", "original", "fact-retrieval/original", "autoprompt_data"):
         for split in SPLITS:
-            for path in root.glob(f"{below}/*/{split}.jsonl"):
+            for path in root.glob(f"{below}/[!.]*/{split}.jsonl"):
                 files.setdefault(path.parent.name, {})[split] = path
     return files
 
@@ -141,11 +143,27 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> Iterator[tuple[int, 
 
 
 def read_vocabulary(path: Path) -> list[str]:
-    """The words of a vocabulary file, one a line."""
+    """The words of a vocabulary file: one a line, or P-tuning's `29k-vocab.json`.
+
+    The latter has the tokens of each model by the model's name; BERT's (the first model's, if there is none) are words
+    as they are, others start with what stands for a space.
+
+    Raises:
+        UsageError: it cannot be read, or has no words.
+    """
     try:
-        words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            by_model = json.loads(text)
+            tokens = by_model.get("bert-base-cased") or next(iter(by_model.values()))
+            lines = [token.removeprefix("Ġ").removeprefix("▁") for token in tokens if not token.startswith("##")]
+        else:
+            lines = text.splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--vocab {path}: cannot be read as UTF-8 text, one word a line ({error})") from error
+    except (ValueError, AttributeError, TypeError, StopIteration) as error:
+        raise UsageError(f"--vocab {path}: has no tokens by model, as P-tuning's 29k-vocab.json; give words") from error
+    words = [line.strip() for line in lines if line.strip()]
     if not words:
         raise UsageError(f"--vocab {path}: the file has no words; one word a line is expected")
     return words

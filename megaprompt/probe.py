@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megaprompt import __version__
 from megaprompt.backbone import Backbone, load_backbone
+from megaprompt.backbone.tokenization import Tokenization
 from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig
 from megaprompt.discrete import DiscretePrompt, read_discrete_prompts, usable_prompts
 from megaprompt.distributed.launch import World, joined_world
@@ -85,7 +86,7 @@ class UsableRelation:
         return min(counts, key=lambda token: (-counts[token], token)) if counts else None
 
 
-def load_vocabulary(option: str, data: Data, backbone: Backbone) -> Vocabulary:
+def load_vocabulary(option: str, data: Data, backbone: Tokenization) -> Vocabulary:
     """The allowed tokens that the option --vocab names: a file, `none`, or `auto`.
 
     Raises:
@@ -105,7 +106,7 @@ def load_vocabulary(option: str, data: Data, backbone: Backbone) -> Vocabulary:
 
 
 def usable_relation(
-    relation: Relation, backbone: Backbone, vocabulary: Vocabulary, limit: int | None, seed: int
+    relation: Relation, backbone: Tokenization, vocabulary: Vocabulary, limit: int | None, seed: int
 ) -> UsableRelation:
     """Leave out, and count, the facts that cannot be scored or are over the limit."""
     facts: dict[Split, list[Fact]] = {}

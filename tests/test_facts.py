@@ -53,10 +53,16 @@ def test_a_subject_is_in_one_split_for_all_relations(geo):
         ("TREx/P36.jsonl", "test"),
         ("P36/train.jsonl", "train"),
         ("fact-retrieval/original/P36/test.jsonl", "test"),
+        ("autoprompt_data/P36/dev.jsonl", "dev"),
     ],
 )
 def test_layouts(tmp_path, file, split):
     write_facts(tmp_path / file, [("Peru", "Lima"), ("Japan", "Tokyo")])
+    # What packing on a Mac leaves behind.
+    hidden = file.replace("P36", "._P36")
+    (tmp_path / hidden).parent.mkdir(exist_ok=True)
+    (tmp_path / hidden).write_bytes(b"\0\xff")
+    assert list(load_data(str(tmp_path)).relations) == ["P36"]
     relation = load_data(str(tmp_path)).relations["P36"]
     assert relation.facts[split] == [("Peru", "Lima"), ("Japan", "Tokyo")]
     assert relation.template is None
@@ -72,6 +78,18 @@ def test_relations_file_and_vocabulary(data_directory):
     assert read_vocabulary(data.vocabulary) == ["Paris", "Rome"]
     (data_directory / "vocab" / "other.txt").write_text("Oslo\n")
     assert load_data(str(data_directory)).vocabulary is None, "two files: the user has to choose"
+
+
+def test_vocabularies_as_p_tuning_published_them(tmp_path):
+    path = tmp_path / "29k-vocab.json"
+    path.write_text(json.dumps({"gpt2-xl": {"ĠRome": 5}, "bert-base-cased": {"Rome": 1, "##s": 2}}))
+    assert read_vocabulary(path) == ["Rome"]
+    path.write_text(json.dumps({"gpt2-xl": ["ĠRome", "ĠOslo"]}))
+    assert read_vocabulary(path) == ["Rome", "Oslo"]
+    for text in ("{", "[]", "{}", '{"gpt2-xl": 3}'):
+        path.write_text(text)
+        with pytest.raises(UsageError, match="no tokens by model"):
+            read_vocabulary(path)
 
 
 @pytest.mark.parametrize(

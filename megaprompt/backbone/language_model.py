@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megaprompt.backbone.packed import PackedModel
+from megaprompt.backbone.tokenization import WORD, Tokenization
 from megaprompt.distributed.zero3 import whole
 from megaprompt.errors import MegapromptError
 from megaprompt.packing import pack
 from megaprompt.prompt_encoder import EmbeddingStatistics
 from megaprompt.template import Query, TextEncoder
 
-_WORD = "a"  # what stands before text that is encoded as a continuation
 
-
-class Backbone(PackedModel):
+class Backbone(PackedModel, Tokenization):
     """A language model with its tokenizer; frozen, unless it is to be fine-tuned.
 
     `model` is the transformers model; `backbone(batch, prompts)` gives the logits at the batch's targets. Sharding
@@ -32,32 +31,14 @@ class Backbone(PackedModel):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, trainable: bool = False
     ) -> None:
         super().__init__(model, trainable)
-        self.tokenizer = tokenizer
-        self.name = name
         weights = cast(nn.Parameter, model.get_input_embeddings().weight)
         with whole([weights]):
             self.embedding_statistics = _statistics(weights.detach())
-        self.vocabulary_size: int = min(len(tokenizer), model.get_output_embeddings().out_features)
+        size = min(len(tokenizer), model.get_output_embeddings().out_features)
+        Tokenization.__init__(self, tokenizer, name, size)
         self.fingerprint = fingerprint(model)
 
     # ---------------------------------------------------------------------------------------------------- tokenization
-
-    def encode(self, texts: Sequence[str], *, is_start: bool) -> list[list[int]]:
-        """Vocabulary ids of each text, without special tokens.
-
-        Text that does not start the sequence follows a word: it is encoded behind one, which gives the right
-        leading-space convention for every kind of tokenizer.
-        """
-        if not texts:
-            return []
-        if is_start:
-            return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        word = self.tokenizer(_WORD, add_special_tokens=False)["input_ids"]
-        both = self.tokenizer([f"{_WORD} {text.lstrip()}" for text in texts], add_special_tokens=False)["input_ids"]
-        for ids, text in zip(both, texts, strict=True):
-            if ids[: len(word)] != word:
-                raise MegapromptError(f"the tokenizer of {self.name} joins {text!r} to the word before it")
-        return [ids[len(word) :] for ids in both]
 
     def text_encoder(self) -> TextEncoder:
         """What `Template.render` needs: one text at a time, and the special tokens around every text, if any.
@@ -65,8 +46,8 @@ class Backbone(PackedModel):
         Raises:
             MegapromptError: a masked language model whose tokenizer has no mask token.
         """
-        plain = self.tokenizer(_WORD, add_special_tokens=False)["input_ids"]
-        special = self.tokenizer(_WORD)["input_ids"]
+        plain = self.tokenizer(WORD, add_special_tokens=False)["input_ids"]
+        special = self.tokenizer(WORD)["input_ids"]
         prefix = special[: special.index(plain[0])] if plain[0] in special else []
         encoder = TextEncoder(lambda text, is_start: self.encode([text], is_start=is_start)[0], tuple(prefix))
         if self.causal:
@@ -78,22 +59,12 @@ class Backbone(PackedModel):
         suffix = special[len(prefix) + len(plain) :]
         return encoder._replace(mask=self.tokenizer.mask_token_id, suffix=tuple(suffix))
 
-    def single_tokens(self, words: Sequence[str]) -> list[int | None]:
-        """The id of each word in mid-sentence, or None where it is not exactly one known token."""
-        unknown = self.tokenizer.unk_token_id
-        ids = self.encode(words, is_start=False)
-        return [i[0] if len(i) == 1 and i[0] != unknown and i[0] < self.vocabulary_size else None for i in ids]
-
     @torch.no_grad()
     def embeddings(self, tokens: Sequence[int]) -> Tensor:
         """The input vectors [tokens, hidden size] of some tokens, float32, on the CPU. All ranks must call it."""
         table = cast(nn.Embedding, self.model.get_input_embeddings())
         with whole([cast(nn.Parameter, table.weight)]):
             return table(torch.tensor(tokens, device=self.device)).float().cpu()
-
-    def text_of(self, token: int) -> str:
-        """A token as a word, without the white space that it starts with."""
-        return str(self.tokenizer.decode([token])).strip()
 
     # ----------------------------------------------------------------------------------------------------------- check
 

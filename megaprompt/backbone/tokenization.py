@@ -1,0 +1,71 @@
+"""How a backbone's tokenizer reads words in mid-sentence, whatever its convention for the space before a word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from megaprompt.errors import MegapromptError
+
+WORD = "a"
+"""What stands before text that is encoded as a continuation."""
+
+
+class Tokenization:
+    """A tokenizer as a backbone uses it; no weights are needed.
+
+    Text that does not start a sequence is encoded behind a word, and the tokens of that word are taken off. That gives
+    what the tokenizer writes in mid-sentence: `Paris` for WordPiece, `ĠParis` for byte-level BPE, `▁Paris` for
+    SentencePiece and Llama.
+
+    Args:
+        tokenizer: of transformers.
+        name: of the backbone, for messages.
+        vocabulary_size: tokens that the backbone can answer with; all of the tokenizer's if not given.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    vocabulary_size: int
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, vocabulary_size: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.name = name
+        self.vocabulary_size = len(tokenizer) if vocabulary_size is None else vocabulary_size
+
+    def encode(self, texts: Sequence[str], *, is_start: bool) -> list[list[int]]:
+        """Vocabulary ids of each text, without special tokens.
+
+        Raises:
+            MegapromptError: the tokenizer joins a text to the word before it.
+        """
+        if is_start:
+            return self._ids(texts)
+        found = []
+        for text, ids in zip(texts, self._continued(texts), strict=True):
+            if ids is None:
+                raise MegapromptError(f"the tokenizer of {self.name} joins {text!r} to the word before it")
+            found.append(ids)
+        return found
+
+    def single_tokens(self, words: Sequence[str]) -> list[int | None]:
+        """The id of each word in mid-sentence, or None where it is not exactly one known token."""
+        unknown = self.tokenizer.unk_token_id
+        return [
+            ids[0] if ids and len(ids) == 1 and ids[0] != unknown and ids[0] < self.vocabulary_size else None
+            for ids in self._continued(words)
+        ]
+
+    def text_of(self, token: int) -> str:
+        """A token as a word, without the white space that it starts with."""
+        return str(self.tokenizer.decode([token])).strip()
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def _continued(self, texts: Sequence[str]) -> list[list[int] | None]:
+        """Ids of each text behind a word; None where the two are joined."""
+        [word] = self._ids([WORD])
+        both = self._ids([f"{WORD} {text.lstrip()}" for text in texts])
+        return [ids[len(word) :] if ids[: len(word)] == word else None for ids in both]
