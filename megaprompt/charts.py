@@ -30,7 +30,9 @@ _COLORS = {  # Okabe and Ito's palette, readable with every kind of colour visio
     "p-tuning": "#0072B2",
 }
 _MORE_COLORS = ("#882255", "#DDCC77", "#117733", "#AA4499", "#000000")  # of Paul Tol's, for methods not known here
-_MARKERS = "oDs^vPX*<>"
+_MARKERS = {"majority": "|", "manual": "s", "lpaqa": "D", "autoprompt": "^", "p-tuning": "o"}
+_MARKERS |= {"fine-tuning": "v", "manual+fine-tuning": "<"}
+_MORE_MARKERS = "P>X*h"
 _DEV_COLOR, _LOSS_COLOR = "#0072B2", "#D55E00"
 
 
@@ -140,7 +142,7 @@ def relations_chart(table: Table2) -> Figure:
     pitch = max(0.3, 0.065 * len(table.methods))  # inches per relation
     # Lengths in inches, as in learning_chart.
     left, panel, between, right, bottom, title = 2.3, 3.4, 0.25, 0.2, 0.5, 0.65
-    legend = 0.2 + 0.25 * math.ceil(len(table.methods) / 4)
+    legend = 0.1 + 0.22 * math.ceil(len(table.methods) / 4)
     across, height = left + columns * panel + (columns - 1) * between + right, pitch * len(labels)
     down = legend + lines * (title + height + bottom)
     figure = Figure(figsize=(across, down))
@@ -157,8 +159,9 @@ def relations_chart(table: Table2) -> Figure:
                 scores = row.cells[method].scores  # [seeds, relations]
                 places = np.arange(len(labels)) + 0.7 * ((i + 0.5) / len(table.methods) - 0.5)
                 deviation = scores.std(0, ddof=1) if len(scores) > 1 else np.zeros(scores.shape[1])
+                marker = _MARKERS.get(method) or _MORE_MARKERS[i % len(_MORE_MARKERS)]
                 marks[method] = axes.errorbar(
-                    scores.mean(0), places, xerr=deviation, fmt=_MARKERS[i % len(_MARKERS)], color=colors[method],
+                    scores.mean(0), places, xerr=deviation, fmt=marker, color=colors[method],
                     markersize=3.5, markeredgewidth=0.5, elinewidth=0.8, label=method,
                 )  # fmt: skip
         axes.set_ylim(len(labels) - 0.5, -0.5)
@@ -171,7 +174,7 @@ def relations_chart(table: Table2) -> Figure:
         axes.set_xlabel("P@1 on test, %", fontsize=8)
         _title(axes, row, 46)
     shown = [marks[method] for method in table.methods if method in marks]
-    _plain(figure.legend(handles=shown, loc="upper center", ncols=min(4, len(shown)), frameon=False, fontsize=8.5))
+    _legend_above(figure, shown, 4)
     return figure
 
 
@@ -189,7 +192,7 @@ def types_chart(table: Table2) -> Figure:
     width = max(len(groups) * group, 4.4 if columns == 1 else 2.2)
     lines = math.ceil(len(table.rows) / columns)
     fit = max(1, int((left + columns * (width + left) + right - 0.3) / 1.7))  # names beside each other in the legend
-    legend = 0.2 + 0.25 * math.ceil(len(table.methods) / fit)
+    legend = 0.1 + 0.22 * math.ceil(len(table.methods) / fit)
     across = columns * (left + width) + right
     down = legend + lines * (title + panel + bottom)
     figure = Figure(figsize=(across, down))
@@ -222,8 +225,14 @@ def types_chart(table: Table2) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         _title(axes, row, round(11 * width))
     shown = [bars[method] for method in table.methods if method in bars]
-    _plain(figure.legend(handles=shown, loc="upper center", ncols=min(fit, len(shown)), frameon=False, fontsize=8.5))
+    _legend_above(figure, shown, fit)
     return figure
+
+
+def _legend_above(figure: Figure, shown: Sequence[Any], fit: int) -> None:
+    """A legend in lines of about the same length, of at most `fit` names."""
+    columns = math.ceil(len(shown) / max(1, math.ceil(len(shown) / fit)))
+    _plain(figure.legend(handles=shown, loc="upper center", ncols=columns, frameon=False, fontsize=8.5))
 
 
 def _title(axes: Axes, row: BackboneRow, letters: int) -> None:

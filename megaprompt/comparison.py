@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,7 @@ from megaprompt.tables import Run, methods_in_order
 Fact = tuple[str, str, str, int]  # relation, subject, object, and which of several facts with the same words
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What a model says about a fact."""
 
     text: str
@@ -119,26 +118,30 @@ def read_answers(row: BackboneRow, relations: Sequence[str]) -> Answers:
     runs = {run.path: run for cell in row.cells.values() for run in cell.runs}
     seeds = {method: [run.path for run in cell.runs] for method, cell in row.cells.items()}
     place: dict[Fact, int] = {}
-    given: dict[tuple[str, Path], dict[int, Answer]] = defaultdict(dict)  # (method, run) -> place of the fact -> answer
+    right: dict[tuple[str, Path], dict[int, bool]] = defaultdict(dict)  # (method, run) -> place of the fact -> rank 1
+    given: dict[str, dict[int, Answer]] = defaultdict(dict)  # method -> place of the fact -> answer of the first seed
     for relation in relations:
         for path, run in runs.items():
             seen: Counter[tuple[str, ...]] = Counter()
             for line in _predictions(run, relation):
-                words = (line["method"], line["subject"], line["object"])
+                method = line["method"]
+                if path not in seeds.get(method, ()):
+                    continue
+                words = (method, line["subject"], line["object"])
                 index = place.setdefault((relation, *words[1:], seen[words]), len(place))
                 seen[words] += 1
-                text, probability = line["top"][0] if line.get("top") else ("–", math.nan)
-                given[words[0], path][index] = Answer(text, probability, line["rank"] == 1)
+                right[method, path][index] = line["rank"] == 1
+                if path == seeds[method][0]:
+                    text, probability = line["top"][0] if line.get("top") else ("–", math.nan)
+                    given[method][index] = Answer(text, probability, line["rank"] == 1)
     known: dict[str, np.ndarray] = {}
-    first: dict[str, list[Answer | None]] = {}
     for method, paths in seeds.items():
-        if all(given[method, path] for path in paths):
+        if all(right[method, path] for path in paths):
             of_seeds = np.full((len(paths), len(place)), np.nan)
             for i, path in enumerate(paths):
-                mine = given[method, path]
-                of_seeds[i, list(mine)] = [answer.right for answer in mine.values()]
+                of_seeds[i, list(right[method, path])] = list(right[method, path].values())
             known[method] = of_seeds.mean(0)
-            first[method] = [given[method, paths[0]].get(index) for index in range(len(place))]
+    first = {method: [given[method].get(index) for index in range(len(place))] for method in known}
     return Answers(list(place), known, first)
 
 
@@ -147,7 +150,7 @@ def _predictions(run: Run, relation: str) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         for line in lines:
             line["method"], line["subject"], line["object"], line["rank"]
     except (ValueError, KeyError, TypeError) as error:

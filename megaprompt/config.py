@@ -176,8 +176,8 @@ class ReportConfig:
     """Make the report of a run again, finished or not, or join several runs on the same data into one table."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories of runs: of other backbones, methods or seeds. A directory that holds runs over parts of the relations
-    counts as one run, and their results are put together."""
+    """Directories of runs: of other backbones, methods or seeds. A directory of runs over parts of the relations counts
+    as one run: their results are put together."""
     out: Path | None = None
     """Directory to write the report into. If not given: that of the run, or runs/report for several."""
 

@@ -1,4 +1,4 @@
-"""Several runs joined into the paper's Table 2: one row per backbone; columns MP, FT, MP+FT, P-tuning and other methods.
+"""Several runs joined into the paper's Table 2: a row per backbone; columns MP, FT, MP+FT, P-tuning and other methods.
 
 print(markdown(join([read_run(Path("runs/gpt2-xl")), read_run(Path("runs/bert-large"))])))
 """
@@ -115,6 +115,13 @@ class BackboneRow:
 
     def macro(self) -> dict[str, float]:
         return {method: cell.mean()[0] for method, cell in self.cells.items()}
+
+    def methods_by_runs(self) -> dict[tuple[str, ...], list[str]]:
+        """Which methods come from the same runs (their directories)."""
+        found: dict[tuple[str, ...], list[str]] = {}
+        for method, cell in self.cells.items():
+            found.setdefault(tuple(str(run.path) for run in cell.runs), []).append(method)
+        return found
 
 
 @dataclass(frozen=True)
@@ -258,17 +265,13 @@ def lines_of(table: Table2, average: Average) -> tuple[list[Shown], list[list[Sh
     headings += [Shown("P-tuning over the best other")] * over
     lines = []
     for row in table.rows:
-        found = {method: cell.mean(average) for method, cell in row.cells.items()}
-        means = {method: mean for method, (mean, _) in found.items()}
+        means = {method: cell.mean(average)[0] for method, cell in row.cells.items()}
         best = leaders(means)
         line = [Shown(row.name)]
         for method in methods:
             if method in table.methods:
-                text = "–"
-                if method in found:
-                    mean, deviation = found[method]
-                    text = f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
-                if method == "p-tuning" and {"p-tuning", "manual"} <= set(found):
+                text = _mean_text(row.cells[method], average) if method in means else "–"
+                if method == "p-tuning" and {"p-tuning", "manual"} <= set(means):
                     text += f" ({points(means['p-tuning'] - means['manual'])})"
                 line.append(Shown(text, best=method in best))
             if method in cited:
@@ -282,6 +285,11 @@ def lines_of(table: Table2, average: Average) -> tuple[list[Shown], list[list[Sh
             line.append(Shown(text))
         lines.append(line)
     return headings, lines
+
+
+def _mean_text(cell: Cell, average: Average) -> str:
+    mean, deviation = cell.mean(average)
+    return f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
 
 
 def _cited_text(cited: Mapping[str, float | str], method: str) -> str:
@@ -398,24 +406,24 @@ def as_csv(table: Table2) -> str:
                 facts = " or ".join(dict.fromkeys(f"{n:.0f}" for n in cell.facts.sum(1)))
                 writer.writerow([row.name, method, average, *numbers, len(table.relations), facts, *where, "measured"])
         for method, value in row.cited.items():
-            facts = FACTS_OF_THE_PAPER[paper_vocabulary(table.vocabulary) or ""].replace(",", "")
-            writer.writerow([row.name, method, "macro", value, "", "", 41, facts, *where, f"cited: {SOURCE}"])
+            writer.writerow([row.name, method, "macro", value, "", "", 41, "", *where, f"cited: {SOURCE}"])
     return out.getvalue()
 
 
 def terminal_table(table: Table2) -> Table:
-    """Macro and micro P@1 for a terminal; the best of a row is bold."""
+    """A line per backbone and method, for a terminal; the best of a backbone is bold."""
+    cited = any(row.cited for row in table.rows)
     shown = Table(title=Text(f"P@1 on test, %: {_plain(table)}"), box=box.SIMPLE_HEAD, pad_edge=False)
-    headings, macro = lines_of(table, "macro")
-    shown.add_column("")
-    for i, heading in enumerate(headings):
-        shown.add_column(Text(heading.text), justify="right" if i else "left", overflow="fold")
-    for average, lines in (("macro", macro), ("micro", lines_of(table, "micro")[1])):
-        for line in lines:
-            cells = iter(line)
-            texts = [Shown("") if average == "micro" and heading.cited else next(cells) for heading in headings]
-            style = [Text(cell.text, "bold" if cell.best else "italic" if cell.cited else "") for cell in texts]
-            shown.add_row(average, *style)
+    for i, heading in enumerate(("backbone", "method", "macro", "micro", "seeds", *(["paper †"] if cited else []))):
+        shown.add_column(heading, justify="right" if i > 1 else "left", overflow="fold")
+    for row in table.rows:
+        best = leaders(row.macro())
+        for i, method in enumerate(methods_in_order({*row.cells, *row.cited})):
+            cell, style = row.cells.get(method), "bold" if method in best else ""
+            texts = [_mean_text(cell, average) if cell else "–" for average in AVERAGES]
+            words = [row.name if i == 0 else "", method, *texts, str(len(cell.runs)) if cell else "–"]
+            words += [_cited_text(row.cited, method)] if cited else []
+            shown.add_row(*(Text(word, style if 2 <= j < 4 else "") for j, word in enumerate(words)))
         shown.add_section()
     shown.caption = Text("\n".join((*legend(table), *table.notes)), justify="left")
     return shown
