@@ -20,7 +20,7 @@ from megaprompt.charts import learning_chart, png, relations_chart, scores_chart
 from megaprompt.comparison import compare
 from megaprompt.errors import UsageError
 from megaprompt.run_directory import write_file
-from megaprompt.table2 import AVERAGES, Table2, as_csv, join, latex, legend, lines_of, markdown
+from megaprompt.table2 import AVERAGES, HEADINGS, Table2, as_csv, join, latex, legend, lines_of, markdown
 from megaprompt.tables import known, methods_in_order, percent, points, read_run, rows_of
 
 
@@ -78,6 +78,7 @@ def write_joint_report(table: Table2, out: Path) -> Path:
         table=table,
         averages={average: lines_of(table, average) for average in AVERAGES},
         sentences=legend(table),
+        headings=HEADINGS,
         comparisons=compare(table.rows, table.relations),
     )
     write_tables(table, out)
