@@ -170,6 +170,7 @@ def relations_chart(table: Table2) -> Figure:
             label.set_parse_math(False)
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(-2, 102)
+        axes.set_xticks(range(0, 101, 20))
         axes.tick_params(axis="x", top=True, labeltop=True, labelsize=7.5)
         axes.set_xlabel("P@1 on test, %", fontsize=8)
         _title(axes, row, 46)

@@ -36,7 +36,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     found = read_run(run)
     out, results = out or run, found.results
     table = join([found])
-    figures = {"scores": scores_chart(results)}
+    figures = {"scores": scores_chart(results)} if results["methods"] else {}
     # Methods that fine-tune log lines of their own; the curves are those of prompts.
     if log := [line for line in found.log if line.get("method", "p-tuning") == "p-tuning"]:
         figures["learning_curves"] = learning_chart(results, log)

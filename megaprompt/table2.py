@@ -170,7 +170,7 @@ def join(runs: Sequence[Run]) -> Table2:
     for run in runs:
         settings, trained = _settings(run), _trained(run)
         for old, members in setups:
-            same_facts = all(old[key] == settings[key] for key in ("backbone", "weights", "limit_facts"))
+            same_facts = all(old[key] == settings[key] for key in ("backbone", "weights", "limit-facts"))
             # Settings concern training: a run that only fine-tunes may stand beside one that learns prompts.
             if same_facts and (old == settings or not any(trained & _trained(member) for member in members)):
                 members.append(run)
@@ -179,10 +179,7 @@ def join(runs: Sequence[Run]) -> Table2:
             setups.append((settings, [run]))
     rows = []
     for settings, members in setups:
-        name = settings["backbone"]
-        like = [other for other, _ in setups if other["backbone"] == name]
-        differ = [key for key in settings if len({str(other.get(key)) for other in like}) > 1]
-        label = f"{name} ({', '.join(f'{key} {settings[key]}' for key in differ)})" if differ else name
+        label = _label(settings, [other for other, _ in setups])
         cited = cited_scores(members[0].results["backbone"], first["vocabulary"]["name"])
         rows.append(BackboneRow(label, _cells(label, members, everywhere, notes), cited))
     facts = {row.name: {int(n) for cell in row.cells.values() for n in cell.facts.sum(1)} for row in rows}
@@ -195,6 +192,15 @@ def join(runs: Sequence[Run]) -> Table2:
     methods = methods_in_order({method for row in rows for method in row.cells})
     relations = {name: first["relations"][name] for name in everywhere}
     return Table2(first["name"], first["vocabulary"]["name"], relations, rows, methods, notes)
+
+
+def _label(settings: Mapping[str, Any], all_settings: Sequence[Mapping[str, Any]]) -> str:
+    """The backbone's name, and what tells its row from others of the same name."""
+    like = [other for other in all_settings if other["backbone"] == settings["backbone"]]
+    differ = [key for key in settings if len({str(other[key]) for other in like if key in other}) > 1]
+    differ += ["run"] if "run" in settings and len(like) > 1 and "run" not in differ else []
+    values = (f"{key} {'not given' if settings[key] is None else settings[key]}" for key in differ)
+    return f"{settings['backbone']} ({', '.join(values)})" if differ else settings["backbone"]
 
 
 def _has_facts(run: Run, relation: str) -> bool:
@@ -212,8 +218,7 @@ def _settings(run: Run) -> dict[str, Any]:
     options = {key.replace("_", "-"): value for key, value in run.options.items() if key not in _NO_SETTING}
     if not run.options:
         options = {"run": str(run.path)}  # nothing is known, so it is like no other
-    limit = run.options.get("limit_facts")
-    return {"backbone": backbone["name"], "weights": backbone["fingerprint"], **options, "limit_facts": limit}
+    return {"backbone": backbone["name"], "weights": backbone["fingerprint"], "limit-facts": None, **options}
 
 
 def _cells(label: str, runs: Sequence[Run], relations: Sequence[str], notes: list[str]) -> dict[str, Cell]:

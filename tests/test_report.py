@@ -255,6 +255,17 @@ def test_a_log_line_that_is_being_written_is_left_out(tmp_path, results, monkeyp
     assert seen == lines
 
 
+def test_curves_are_those_of_prompts(tmp_path, results, monkeypatch):
+    seen = []
+    monkeypatch.setattr("megaprompt.report.learning_chart", lambda r, log: seen.extend(log) or learning_chart(r, log))
+    tuned = {"method": "fine-tuning", **log_line("P36", 1, 0.75)}
+    write_report(write_run(tmp_path, results, [log_line("P36", 1, 0.25), tuned]))
+    assert seen == [log_line("P36", 1, 0.25)]
+    (tmp_path / "learning_curves.png").unlink()
+    write_report(write_run(tmp_path, results, [tuned]))
+    assert not (tmp_path / "learning_curves.png").exists()
+
+
 def test_damaged_files_are_named(tmp_path, results):
     write_run(tmp_path, results, '{"rel\n{"relation": "P36"}\n')
     with pytest.raises(MegapromptError, match=r"log\.jsonl: is damaged"):
