@@ -17,7 +17,7 @@ _COMMANDS = {
     "probe": "score manual prompts, learn prompts and score them, on a frozen language model",
     "evaluate": "score saved prompts",
     "ask": "ask the model about one subject with a saved prompt",
-    "report": "make the report of a run again, or one of several runs over parts of the relations",
+    "report": "make the report of a run again, or join several runs into one table",
     "status": "tell how far a run is",
     "plan": "tell what a run will need in memory, and whether it fits, before anything is loaded",
     "memory": "measure what training needs in memory, beside what is predicted",
@@ -86,7 +86,7 @@ def _probe(args: list[str]) -> None:
     from megaprompt.config import ProbeConfig, from_yaml, parse
     from megaprompt.distributed.launch import joined_world
     from megaprompt.probe import probe
-    from megaprompt.report import summary_table
+    from megaprompt.tables import summary_table
 
     default, args = _config_option(args)
     config = parse(ProbeConfig, args, "megaprompt probe", from_yaml(ProbeConfig, default) if default else None)
@@ -150,17 +150,23 @@ def _ask(args: list[str]) -> None:
 
 def _report(args: list[str]) -> None:
     from megaprompt.config import ReportConfig, parse
-    from megaprompt.report import summary_table, write_report
+    from megaprompt.merge import merge_runs
+    from megaprompt.report import write_joint_report, write_report
+    from megaprompt.table2 import join, terminal_table
+    from megaprompt.tables import read_run, summary_table
 
-    run = parse(ReportConfig, args, "megaprompt report").run
-    parts = sorted(path.parent for path in run.glob("*/results.json"))
-    if parts:
-        from megaprompt.merge import merge_runs
-
-        _print(summary_table(merge_runs(parts, run)))
-    elif not (run / "results.json").is_file():
-        raise UsageError(f"{run}: holds no results.json; give the directory of a run, or of several")
-    print(write_report(run))
+    config = parse(ReportConfig, args, "megaprompt report")
+    for run in config.runs:
+        if parts := sorted(path.parent for path in run.glob("*/results.json")):
+            merged = merge_runs(parts, run)
+            if len(config.runs) == 1:
+                _print(summary_table(merged))
+    if len(config.runs) == 1:
+        print(write_report(config.runs[0], config.out))
+        return
+    table = join([read_run(run) for run in config.runs])
+    _print(terminal_table(table))
+    print(write_joint_report(table, config.out or Path("runs/report")))
 
 
 def _status(args: list[str]) -> None:

@@ -196,10 +196,17 @@ class AskConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Make the report of a finished or unfinished run again."""
+    """Make the report of a run again, finished or not, or join several runs on the same data into one table."""
 
-    run: tyro.conf.Positional[Path]
-    """Directory of the run, or of several runs over parts of the relations, whose results are then put together."""
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of runs: of other backbones, methods or seeds. A directory of runs over parts of the relations counts
+    as one run: their results are put together."""
+    out: Path | None = None
+    """Directory to write the report into. If not given: that of the run, or runs/report for several."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UsageError("RUNS: give the directory of a run, or of several")
 
 
 @dataclass(frozen=True)

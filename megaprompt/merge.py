@@ -5,6 +5,7 @@ Relations do not influence each other, so what comes out is what one run over al
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections import Counter
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megaprompt.config import ProbeConfig, from_yaml
 from megaprompt.errors import MegapromptError
 from megaprompt.evaluation import summarize
 from megaprompt.run_directory import RunDirectory, write_file
@@ -20,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Write results.json, log.jsonl, prompts and predictions of all complete runs into one directory.
+    """Write config.yaml, results.json, log.jsonl, prompts and predictions of all complete runs into one directory.
 
     Raises:
         MegapromptError: no run is complete, or they do not belong together.
@@ -45,7 +47,10 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     counts = Counter(name for results in complete.values() for name in results["data"]["relations"])
     for name, count in counts.items():
         if count > 1:
-            raise MegapromptError(f"{out}: {count} of its runs have the relation {name}; keep one of them")
+            raise MegapromptError(
+                f"{out}: {count} of its runs have the relation {name}; keep one of them, or give them to megaprompt "
+                "report one by one to compare them"
+            )
     order = sorted(counts, key=lambda name: (len(name), name))
 
     def together(path: Sequence[str]) -> dict[str, Any]:
@@ -71,5 +76,9 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     for run in complete:
         for path in (*run.glob("prompts/*.safetensors"), *run.glob("predictions/*.jsonl")):
             write_file(out / path.relative_to(run), path.read_bytes())
+    configs = [from_yaml(ProbeConfig, run / "config.yaml") for run in complete if (run / "config.yaml").exists()]
+    joined = {dataclasses.replace(config, relations=tuple(order), out=out) for config in configs}
+    if len(joined) == 1:  # otherwise they were not set up alike, and no configuration would give this result
+        RunDirectory(out).write_config(joined.pop())
     RunDirectory(out).write_results(merged)
     return merged

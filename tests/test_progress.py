@@ -1,5 +1,6 @@
 """progress.json and `megaprompt status`, and runs over parts of the relations that are put together."""
 
+import dataclasses
 import json
 import logging
 import time
@@ -7,6 +8,7 @@ import time
 import pytest
 
 from megaprompt.cli import main
+from megaprompt.config import ProbeConfig, from_yaml
 from megaprompt.errors import MegapromptError
 from megaprompt.merge import merge_runs
 from megaprompt.progress import ProgressFile, read_progress
@@ -106,6 +108,8 @@ def test_parts_make_the_whole(probe, tmp_path, capsys):
     assert merged["data"] == joint["data"]
     assert merged["methods"] == joint["methods"]
     assert (tmp_path / "all" / "report.html").stat().st_size > 10_000
+    configs = {run: from_yaml(ProbeConfig, tmp_path / run / "config.yaml") for run in ("all", "joint")}
+    assert configs["all"] == dataclasses.replace(configs["joint"], out=tmp_path / "all", relations=("P30", "P36"))
     for name, prompt in load_prompts(tmp_path / "all").items():
         assert prompt.vectors.allclose(load_prompts(tmp_path / "joint")[name].vectors, rtol=1e-4, atol=1e-5)
     assert len((tmp_path / "all" / "log.jsonl").read_text().splitlines()) == 6

@@ -12,8 +12,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
+from megaprompt.charts import learning_chart, scores_chart
 from megaprompt.errors import MegapromptError
-from megaprompt.report import learning_chart, methods_in_order, scores_chart, summary_table, write_report
+from megaprompt.report import write_report
+from megaprompt.tables import methods_in_order, summary_table
 
 METRICS = ("p_at_1", "p_at_10", "mrr", "dev_p_at_1")
 
@@ -253,6 +255,17 @@ def test_a_log_line_that_is_being_written_is_left_out(tmp_path, results, monkeyp
     assert seen == lines
 
 
+def test_curves_are_those_of_prompts(tmp_path, results, monkeypatch):
+    seen = []
+    monkeypatch.setattr("megaprompt.report.learning_chart", lambda r, log: seen.extend(log) or learning_chart(r, log))
+    tuned = {"method": "fine-tuning", **log_line("P36", 1, 0.75)}
+    write_report(write_run(tmp_path, results, [log_line("P36", 1, 0.25), tuned]))
+    assert seen == [log_line("P36", 1, 0.25)]
+    (tmp_path / "learning_curves.png").unlink()
+    write_report(write_run(tmp_path, results, [tuned]))
+    assert not (tmp_path / "learning_curves.png").exists()
+
+
 def test_damaged_files_are_named(tmp_path, results):
     write_run(tmp_path, results, '{"rel\n{"relation": "P36"}\n')
     with pytest.raises(MegapromptError, match=r"log\.jsonl: is damaged"):
@@ -309,9 +322,7 @@ def test_null_values_are_dashes(tmp_path, results):
 
 def test_methods_stand_in_a_sensible_order():
     names = ("p-tuning", "zzz", "autoprompt", "manual", "majority", "abc")
-    assert methods_in_order({"methods": dict.fromkeys(names)}) == [
-        "majority", "manual", "autoprompt", "p-tuning", "abc", "zzz"
-    ]  # fmt: skip
+    assert methods_in_order(names) == ["majority", "manual", "autoprompt", "abc", "zzz", "p-tuning"]
 
 
 def test_types_are_averaged_apart(tmp_path, results):
