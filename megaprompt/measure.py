@@ -336,7 +336,7 @@ def _peak(row: dict[str, Any]) -> dict[str, float] | None:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     predicted, measured = sum(row["predicted"].values()), _peak(row)
-    cells = [row["backbone"], row["method"], Path(row["deepspeed"] or "none").stem, str(row["ranks"])]
+    cells = [Path(row["backbone"]).name, row["method"], Path(row["deepspeed"] or "none").stem, str(row["ranks"])]
     cells += [f"{predicted / 1e9:.2f}"]
     if measured is None:
         return [*cells, "out of memory", "", "", "", "", ""]
