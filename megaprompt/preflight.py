@@ -17,8 +17,10 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import AutoModelForCausalLM
 
-from megaprompt.backbone import inspect_backbone
+from megaprompt.backbone import inspect_backbone, read_config
+from megaprompt.backbone.packed import language_model
 from megaprompt.config import PlanConfig, ProbeConfig
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.facts import load_data, read_vocabulary
@@ -26,7 +28,7 @@ from megaprompt.memory import Method, Place
 from megaprompt.plan import Plan, plan
 from megaprompt.prompt_encoder import PromptEncoder
 from megaprompt.run_directory import RunDirectory
-from megaprompt.template import DEFAULT_MASKED, Template
+from megaprompt.template import Template, default_template
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +54,9 @@ def preflight(config: ProbeConfig) -> None:
         return ", ".join([f"python {sys.version.split()[0]}", *found, f"{torch.cuda.device_count()} GPU(s) here"])
 
     def options() -> str:
-        nonlocal pseudo_tokens
         recipe = config.training_recipe()
-        template = Template.parse(config.template or DEFAULT_MASKED)  # the longer one
-        pseudo_tokens = template.num_pseudo_tokens
+        if config.template is not None:
+            Template.parse(config.template)
         if config.deepspeed is not None:
             from megaprompt.distributed.zero3 import read_deepspeed_config
 
@@ -64,8 +65,10 @@ def preflight(config: ProbeConfig) -> None:
         return f"{about}, {config.recipe} recipe, batch of {recipe.batch_size}, {config.deepspeed or 'no ZeRO'}"
 
     def backbone() -> str:
-        nonlocal hidden_size
+        nonlocal hidden_size, pseudo_tokens
         hidden_size, about = inspect_backbone(config.backbone)
+        causal = language_model(read_config(config.backbone)) is AutoModelForCausalLM
+        pseudo_tokens = Template.parse(config.template or default_template(causal)).num_pseudo_tokens
         return about
 
     def data() -> str:
