@@ -321,8 +321,10 @@ def test_null_values_are_dashes(tmp_path, results):
 
 
 def test_methods_stand_in_a_sensible_order():
-    names = ("p-tuning", "zzz", "autoprompt", "manual", "majority", "abc")
-    assert methods_in_order(names) == ["majority", "manual", "autoprompt", "abc", "zzz", "p-tuning"]
+    names = ("p-tuning", "zzz", "lpaqa ensemble", "autoprompt", "manual", "majority", "abc", "lpaqa best")
+    assert methods_in_order(names) == [
+        "majority", "manual", "lpaqa best", "lpaqa ensemble", "autoprompt", "abc", "zzz", "p-tuning"
+    ]  # fmt: skip
 
 
 def test_types_are_averaged_apart(tmp_path, results):
