@@ -43,14 +43,33 @@ def method_colors(methods: Sequence[str]) -> dict[str, str]:
     return {m: _COLORS[m] if m in _COLORS else spare[others.index(m) % len(spare)] for m in methods}
 
 
+# Relations in one chart that still fits a printed page, across whose width it is scaled.
+LEARNING_PER_PAGE = 18
+
+
+def scores_per_page(methods: Sequence[str]) -> int:
+    """As LEARNING_PER_PAGE, for `scores_chart`; one line is the macro mean."""
+    return max(1, int(9 / _pitch(len(methods))) - 1)
+
+
+def page_parts(relations: Sequence[str], fit: int) -> list[list[str]]:
+    """Relations in as few parts as can be, of about the same size and at most `fit` each."""
+    return [part.tolist() for part in np.array_split(np.array(relations), math.ceil(len(relations) / fit))]
+
+
+def _pitch(methods: int) -> float:
+    """Inches that the bars of one relation take, with the space to the next."""
+    return max(0.14, 0.3 / methods) * methods + 0.14
+
+
 def scores_chart(results: Mapping[str, Any]) -> Figure:
     """Grouped horizontal bars: P@1 of every relation and method, and the macro mean."""
     methods = methods_in_order(results["methods"])
     colors = method_colors(methods)
     relations, averages, _ = rows_of(results)
     rows = [*relations, *averages[: len(relations) > 1]]
-    bar = max(0.14, 0.3 / len(methods))  # inches
-    pitch = bar * len(methods) + 0.14
+    pitch = _pitch(len(methods))
+    bar = (pitch - 0.14) / len(methods)  # inches
     figure = Figure(figsize=(8, 1.3 + pitch * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     for i, method in enumerate(methods):

@@ -16,12 +16,21 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
-from megaprompt.charts import learning_chart, png, relations_chart, scores_chart, types_chart
+from megaprompt.charts import (
+    LEARNING_PER_PAGE,
+    learning_chart,
+    page_parts,
+    png,
+    relations_chart,
+    scores_chart,
+    scores_per_page,
+    types_chart,
+)
 from megaprompt.comparison import compare
 from megaprompt.errors import UsageError
 from megaprompt.run_directory import write_file
 from megaprompt.table2 import AVERAGES, HEADINGS, Table2, as_csv, join, latex, legend, lines_of, markdown
-from megaprompt.tables import known, methods_in_order, percent, points, read_run, rows_of
+from megaprompt.tables import Run, known, methods_in_order, percent, points, read_run, rows_of
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -36,10 +45,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     found = read_run(run)
     out, results = out or run, found.results
     table = join([found])
-    figures = {"scores": scores_chart(results)} if results["methods"] else {}
-    # Methods that fine-tune log lines of their own; the curves are those of prompts.
-    if log := [line for line in found.log if line.get("method", "p-tuning") == "p-tuning"]:
-        figures["learning_curves"] = learning_chart(results, log)
+    figures = _run_figures(found)
     relations, averages, types = rows_of(results)
     abouts = results["data"]["relations"].values()
     page = _page(
@@ -59,6 +65,28 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     )
     write_tables(table, out)
     return page
+
+
+def _run_figures(run: Run) -> dict[str, Figure]:
+    """Charts of one run by name. Those of many relations come in parts: scores, scores-2, ..."""
+    results, figures = run.results, {}
+    about = results["data"]["relations"]
+    if methods := methods_in_order(results["methods"]):
+        for number, part in enumerate(page_parts(list(about), scores_per_page(methods)), 1):
+            data = {**results["data"], "relations": {name: about[name] for name in part}}
+            figures[_numbered("scores", number)] = scores_chart({**results, "data": data})
+    # Methods that fine-tune log lines of their own; the curves are those of prompts.
+    log = [line for line in run.log if line.get("method", "p-tuning") == "p-tuning"]
+    logged = {line["relation"] for line in log}
+    names = [name for name in dict.fromkeys([*about, *logged]) if name in logged]
+    for number, part in enumerate(page_parts(names, LEARNING_PER_PAGE), 1) if names else ():
+        lines = [line for line in log if line["relation"] in part]
+        figures[_numbered("learning_curves", number)] = learning_chart(results, lines)
+    return figures
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
 
 
 def write_joint_report(table: Table2, out: Path) -> Path:

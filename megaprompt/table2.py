@@ -6,6 +6,7 @@ print(markdown(join([read_run(Path("runs/gpt2-xl")), read_run(Path("runs/bert-la
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from megaprompt.config import ProbeConfig
 from megaprompt.errors import MegapromptError
 from megaprompt.tables import TRAINED, Run, known, leaders, methods_in_order, points
 
@@ -81,10 +83,18 @@ def cited_scores(backbone: Mapping[str, Any], vocabulary: str) -> dict[str, floa
 
 # ------------------------------------------------------------------------------------------------------------- Table 2
 
-_NO_SETTING = {
-    *("backbone", "data", "vocab", "relations", "methods", "seed", "out", "resume", "check"),
-    *("deepspeed", "relation_groups", "row_tokens", "pass_tokens"),  # change no results
+_OF_ALL_TRAINING = ("recipe", "batch_size", "max_epochs", "max_steps", "patience", "dtype")
+_SETTINGS = {
+    "p-tuning": ("template", "encoder", "init", "learning_rate", "weight_decay", *_OF_ALL_TRAINING),
+    "fine-tuning": ("fine_tuning_rate", *_OF_ALL_TRAINING[1:]),
+    "manual+fine-tuning": ("fine_tuning_rate", *_OF_ALL_TRAINING[1:]),
 }
+"""Options that change what a method gives. The others are the same for all runs of a table, or change no results."""
+
+_DEFAULTS: dict[str, Any] = {option.name: option.default for option in dataclasses.fields(ProbeConfig)}
+"""For a config.yaml of a version that did not know an option yet."""
+
+Settings = dict[str, dict[str, Any]]  # backbone, facts, and each method that has settings -> options
 
 
 @dataclass(frozen=True)
@@ -166,13 +176,13 @@ def join(runs: Sequence[Run]) -> Table2:
         count = f"{len(missing)} relation{'s'[: len(missing) > 1]}"
         notes.append(f"Over the {len(everywhere)} relations of all runs. Left out: {count} ({', '.join(missing)}).")
 
-    setups: list[tuple[dict[str, Any], list[Run]]] = []  # of each row: settings, runs
+    setups: list[tuple[Settings, list[Run]]] = []  # of each row: settings, runs
     for run in runs:
-        settings, trained = _settings(run), _trained(run)
-        for old, members in setups:
-            same_facts = all(old[key] == settings[key] for key in ("backbone", "weights", "limit-facts"))
-            # Settings concern training: a run that only fine-tunes may stand beside one that learns prompts.
-            if same_facts and (old == settings or not any(trained & _trained(member) for member in members)):
+        settings = _settings(run)
+        for of_row, members in setups:
+            # A run that only fine-tunes may stand beside one that learns prompts.
+            if all(of_row[part] == settings[part] for part in of_row.keys() & settings.keys()):
+                of_row |= settings
                 members.append(run)
                 break
         else:
@@ -194,13 +204,18 @@ def join(runs: Sequence[Run]) -> Table2:
     return Table2(first["name"], first["vocabulary"]["name"], relations, rows, methods, notes)
 
 
-def _label(settings: Mapping[str, Any], all_settings: Sequence[Mapping[str, Any]]) -> str:
+def _label(settings: Settings, all_settings: Sequence[Settings]) -> str:
     """The backbone's name, and what tells its row from others of the same name."""
-    like = [other for other in all_settings if other["backbone"] == settings["backbone"]]
-    differ = [key for key in settings if len({str(other[key]) for other in like if key in other}) > 1]
-    differ += ["run"] if "run" in settings and len(like) > 1 and "run" not in differ else []
-    values = (f"{key} {'not given' if settings[key] is None else settings[key]}" for key in differ)
-    return f"{settings['backbone']} ({', '.join(values)})" if differ else settings["backbone"]
+    like = [other for other in all_settings if other["backbone"]["name"] == settings["backbone"]["name"]]
+    told: dict[str, None] = {}
+    for part, options in settings.items():
+        others = [other[part] for other in like if part in other]
+        for key, value in options.items():
+            several = len({str(other[key]) for other in others if key in other}) > 1
+            if several or (key == "run" and len(like) > 1):  # nothing else is known of a run without configuration
+                told[f"{key.replace('_', '-')} {'not given' if value is None else value}"] = None
+    name = settings["backbone"]["name"]
+    return f"{name} ({', '.join(told)})" if told else name
 
 
 def _has_facts(run: Run, relation: str) -> bool:
@@ -208,17 +223,20 @@ def _has_facts(run: Run, relation: str) -> bool:
     return about is not None and about["facts"]["test"] > 0
 
 
-def _trained(run: Run) -> set[str]:
-    return {method for method in TRAINED if run.results["methods"].get(method)}
-
-
-def _settings(run: Run) -> dict[str, Any]:
+def _settings(run: Run) -> Settings:
     """What has to be the same in runs that differ only in the seed."""
-    backbone = run.results["backbone"]
-    options = {key.replace("_", "-"): value for key, value in run.options.items() if key not in _NO_SETTING}
-    if not run.options:
-        options = {"run": str(run.path)}  # nothing is known, so it is like no other
-    return {"backbone": backbone["name"], "weights": backbone["fingerprint"], "limit-facts": None, **options}
+    backbone, options = run.results["backbone"], _DEFAULTS | run.options
+    settings: Settings = {
+        "backbone": {"name": backbone["name"], "weights": backbone["fingerprint"]},
+        "facts": {"limit_facts": options["limit_facts"]},
+    }
+    for method, keys in _SETTINGS.items():
+        if run.results["methods"].get(method):
+            settings[method] = {key: options[key] for key in keys} if run.options else {"run": str(run.path)}
+    for text in options["discrete"]:
+        name, _, path = text.partition("=")
+        settings[f"prompts {name}"] = {name: path}
+    return settings
 
 
 def _cells(label: str, runs: Sequence[Run], relations: Sequence[str], notes: list[str]) -> dict[str, Cell]:

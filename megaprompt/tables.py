@@ -29,7 +29,8 @@ def methods_in_order(methods: Iterable[str]) -> list[str]:
     def place(method: str) -> tuple[int, str]:
         if method in TRAINED:
             return len(DISCRETE) + 1 + TRAINED.index(method), method
-        return (DISCRETE.index(method) if method in DISCRETE else len(DISCRETE)), method
+        name = method.removesuffix(" best").removesuffix(" ensemble")  # of a file with several prompts for a relation
+        return (DISCRETE.index(name) if name in DISCRETE else len(DISCRETE)), method
 
     return sorted(methods, key=place)
 

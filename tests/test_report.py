@@ -5,6 +5,7 @@ import html
 import io
 import json
 import re
+import struct
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -14,8 +15,8 @@ from rich.console import Console
 
 from megaprompt.charts import learning_chart, scores_chart
 from megaprompt.errors import MegapromptError
-from megaprompt.report import write_report
-from megaprompt.tables import methods_in_order, summary_table
+from megaprompt.report import _run_figures, write_report
+from megaprompt.tables import methods_in_order, read_run, summary_table
 
 METRICS = ("p_at_1", "p_at_10", "mrr", "dev_p_at_1")
 
@@ -321,8 +322,10 @@ def test_null_values_are_dashes(tmp_path, results):
 
 
 def test_methods_stand_in_a_sensible_order():
-    names = ("p-tuning", "zzz", "autoprompt", "manual", "majority", "abc")
-    assert methods_in_order(names) == ["majority", "manual", "autoprompt", "abc", "zzz", "p-tuning"]
+    names = ("p-tuning", "zzz", "lpaqa ensemble", "autoprompt", "manual", "majority", "abc", "lpaqa best")
+    assert methods_in_order(names) == [
+        "majority", "manual", "lpaqa best", "lpaqa ensemble", "autoprompt", "abc", "zzz", "p-tuning"
+    ]  # fmt: skip
 
 
 def test_types_are_averaged_apart(tmp_path, results):
@@ -362,3 +365,23 @@ def test_41_relations_and_6_methods_make_a_page(tmp_path):
     page = Page(write_report(write_run(tmp_path, results)))
     assert page.rows(0)["P40"][3:] == ["97.6"] * 6 + ["+0.0"]
     assert all(len(row) == 11 for row in page.tables[0])
+
+
+def test_charts_of_many_relations_come_in_parts_that_fit_a_page(tmp_path):
+    names = [f"P{i}" for i in range(33)]
+    methods = ("majority", "manual", "mined", "other", "autoprompt", "fine-tuning", "manual+fine-tuning", "p-tuning")
+    results = make_results({m: {name: i / 33 for i, name in enumerate(names)} for m in methods})
+    page = Page(write_report(write_run(tmp_path, results, [log_line(name, 1, 0.5) for name in names])))
+    images = [attrs["src"].removeprefix("data:image/png;base64,") for tag, attrs in page.tags if tag == "img"]
+    files = {path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert {base64.b64decode(image) for image in images} == files
+    assert len(images) == len(files) > 4
+    for png in files:
+        width, height = struct.unpack(">II", png[16:24])
+        assert height <= 1.36 * width  # of A4 and letter, less margins and a heading
+    figures = _run_figures(read_run(tmp_path))
+    bars = [f.axes[0].get_yticklabels() for name, f in figures.items() if name.startswith("scores")]
+    assert [label.get_text().split()[0] for labels in bars for label in labels[:-1]] == names
+    assert {labels[-1].get_text() for labels in bars} == {"macro mean"}
+    titles = [axes.get_title() for name, f in figures.items() if "learning" in name for axes in f.axes[::2]]
+    assert [title.split()[0] for title in titles] == names

@@ -132,11 +132,51 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(make_run):
     table = joined(a, b, c, d)
     assert [row.name for row in table.rows] == [
         "tiny (limit-facts not given, encoder lstm)", "tiny (limit-facts not given, encoder mlp)",
-        "tiny (limit-facts 10, encoder lstm)",
+        "tiny (limit-facts 10)",
     ]  # fmt: skip
     assert [list(row.cells) for row in table.rows] == [
         ["manual", "fine-tuning", "p-tuning"], ["manual", "p-tuning"], ["manual"]
     ]  # fmt: skip
+
+
+def test_settings_of_other_methods_do_not_keep_seeds_apart(make_run):
+    scores = {"manual": {"P36": 0.25}, "p-tuning": {"P36": 0.5}}
+    one = make_run("a", scores | {"lpaqa": {"P36": 0.3}}, seed=0, discrete=("lpaqa=mined",))
+    two = make_run("b", scores, seed=1, fine_tuning_rate=1e-5)
+    assert shown(joined(one, two)) == {"tiny": {"MP": "25.0", "lpaqa": "30.0", "P-tuning": "50.0 (+25.0)"} | {
+        "P-tuning over the best other": "+20.0 (lpaqa)"
+    }}  # fmt: skip
+    assert len(joined(one, two).rows[0].cells["p-tuning"].runs) == 2
+
+
+def test_no_run_is_lost_behind_one_that_learns_something_else(make_run):
+    first = make_run("a", {"fine-tuning": {"P36": 0.4}}, methods=("fine-tuning",))  # --encoder is lstm, but not used
+    runs = [make_run(kind, {"p-tuning": {"P36": p}}, encoder=kind) for kind, p in (("mlp", 0.1), ("lstm", 0.9))]
+    found = {row.name: {m: cell.mean()[0] for m, cell in row.cells.items()} for row in joined(first, *runs).rows}
+    assert found == {
+        "tiny (encoder mlp)": {"fine-tuning": 40.0, "p-tuning": 10.0}, "tiny (encoder lstm)": {"p-tuning": 90.0}
+    }  # fmt: skip
+
+
+def test_prompts_of_another_file_are_not_averaged(make_run):
+    runs = [
+        make_run(path, {"lpaqa": {"P36": p}}, seed=seed, methods=("manual",), discrete=(f"lpaqa={path}",))
+        for seed, (path, p) in enumerate((("mined", 0.3), ("paraphrase", 0.9)))
+    ]
+    assert shown(joined(*runs)) == {
+        "tiny (lpaqa mined)": {"lpaqa": "30.0"}, "tiny (lpaqa paraphrase)": {"lpaqa": "90.0"}
+    }  # fmt: skip
+
+
+def test_a_configuration_of_an_older_version_has_the_defaults(make_run):
+    runs = [make_run(f"s{seed}", {"p-tuning": {"P36": 0.5}}, seed=seed) for seed in (0, 1)]
+    file = runs[0] / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(("discrete:", "init:", "limit_facts:"))]
+    assert len(kept) == len(lines) - 3
+    file.write_text("".join(kept))
+    (row,) = joined(*runs).rows
+    assert (row.name, len(row.cells["p-tuning"].runs)) == ("tiny", 2)
 
 
 def test_other_weights_or_no_configuration_make_other_rows(make_run):
