@@ -54,9 +54,10 @@ def preflight(config: ProbeConfig) -> None:
         return ", ".join([f"python {sys.version.split()[0]}", *found, f"{torch.cuda.device_count()} GPU(s) here"])
 
     def options() -> str:
+        nonlocal pseudo_tokens
         recipe = config.training_recipe()
         if config.template is not None:
-            Template.parse(config.template)
+            pseudo_tokens = Template.parse(config.template).num_pseudo_tokens
         if config.deepspeed is not None:
             from megaprompt.distributed.zero3 import read_deepspeed_config
 
@@ -67,8 +68,9 @@ def preflight(config: ProbeConfig) -> None:
     def backbone() -> str:
         nonlocal hidden_size, pseudo_tokens
         hidden_size, about = inspect_backbone(config.backbone)
-        causal = language_model(read_config(config.backbone)) is AutoModelForCausalLM
-        pseudo_tokens = Template.parse(config.template or default_template(causal)).num_pseudo_tokens
+        if config.template is None:
+            causal = language_model(read_config(config.backbone)) is AutoModelForCausalLM
+            pseudo_tokens = Template.parse(default_template(causal)).num_pseudo_tokens
         return about
 
     def data() -> str:
