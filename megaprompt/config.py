@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 import yaml
 
+from megaprompt.autoprompt import Search
 from megaprompt.errors import UsageError
 from megaprompt.facts import Split
 from megaprompt.packing import PassSize
@@ -33,7 +34,7 @@ Names = Annotated[
 """Several names, separated by commas on the command line."""
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-METHODS = ("manual", "p-tuning", "fine-tuning", "manual+fine-tuning")
+METHODS = ("manual", "autoprompt", "p-tuning", "fine-tuning", "manual+fine-tuning")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class ProbeConfig:
     out: Path = Path("runs/probe")
     """Directory of this run. It must not hold another run."""
     methods: Names = ("manual", "p-tuning")
-    """What to compare: manual, p-tuning, fine-tuning (of the whole model, on the subject alone), manual+fine-tuning (of
-    the whole model, on the manual prompt). The majority object is always reported beside them."""
+    """What to compare: manual, autoprompt (a search for words), p-tuning, fine-tuning (of the whole model, on the
+    subject alone), manual+fine-tuning (of the whole model, on the manual prompt). The majority object is always
+    reported beside them."""
     discrete: Names = ()
     """Discrete prompts to score as well: NAME=PATH,.. where PATH is a .jsonl file with relation and template, or a
     directory of P36.jsonl and others. Of several for a relation, the best on train and all together are scored."""
@@ -59,8 +61,9 @@ class ProbeConfig:
     limit_facts: int | None = None
     """Use at most so many facts per relation and split: the first after a shuffle that depends on the seed."""
     template: str | None = None
-    """Template of the learned prompts. If not given, the paper's: <3>[X]<3>[Y] for causal models, <3>[X]<3>[Y]<3> for
-    masked ones."""
+    """Template of the learned prompts, and of those that AutoPrompt searches. If not given, that of the paper: for
+    causal models <3>[X]<3>[Y], for masked ones <3>[X]<3>[Y]<3>; for AutoPrompt [X]<5>[Y], and a full stop for masked
+    ones."""
     encoder: EncoderKind = "lstm"
     """Prompt encoder: lstm (the paper's), mlp, or none (the vectors themselves are trained)."""
     init: Literal["manual"] | None = None
@@ -80,6 +83,8 @@ class ProbeConfig:
     """Train each relation for at most so many steps; the learning rate then falls linearly to zero."""
     patience: int | None = None
     """Stop a relation after so many epochs without a better P@1 on dev."""
+    autoprompt_steps: int = Search().steps
+    """Steps of AutoPrompt's search for each relation, in each of which one token may be replaced."""
     fine_tuning_rate: float = 5e-6
     """Adam's learning rate of the two methods that fine-tune. They take batch size, epochs, steps and patience from the
     options above where these are given, and otherwise from the paper's code."""
@@ -130,7 +135,7 @@ class ProbeConfig:
         for method in self.methods:
             if method not in METHODS:
                 raise UsageError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
-        _above_zero(self, "limit_facts", "relation_groups", "row_tokens", "pass_tokens")
+        _above_zero(self, "limit_facts", "relation_groups", "row_tokens", "pass_tokens", "autoprompt_steps")
         self.discrete_prompts()
         if self.init == "manual" and (self.encoder != "none" or self.template is not None):
             raise UsageError("--init manual: give --encoder none, and no --template")

@@ -8,12 +8,12 @@ log-probabilities (equal weights if none are given).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megaprompt.errors import UsageError
+from megaprompt.facts import read_jsonl
 from megaprompt.template import Template
 
 
@@ -29,27 +29,20 @@ def read_discrete_prompts(path: Path) -> dict[str, list[DiscretePrompt]]:
     """The prompts of each relation.
 
     Raises:
-        UsageError: there are none, or a line cannot be read.
+        UsageError: there are none, or one has no place for subject or object.
+        MegapromptError: a file cannot be read.
     """
     paths = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     found: dict[str, list[DiscretePrompt]] = {}
     for file in paths:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--discrete {path}: cannot be read ({error})") from error
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+        for number, row in read_jsonl(file, required=("template",)):
             try:
-                row = json.loads(line)
-                relation = row.get("relation") or file.stem
                 prompt = DiscretePrompt(Template.parse(row["template"]), float(row.get("weight", 1.0)))
-            except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
-                raise UsageError(f"--discrete {file}:{number}: no relation and template ({error})") from error
+            except (ValueError, TypeError, UsageError) as error:
+                raise UsageError(f"--discrete {file}:{number}: {error}") from error
             if prompt.template.num_pseudo_tokens:
                 raise UsageError(f"--discrete {file}:{number}: has pseudo tokens, which no file can hold")
-            found.setdefault(relation, []).append(prompt)
+            found.setdefault(row.get("relation") or file.stem, []).append(prompt)
     if not found:
         raise UsageError(f"--discrete {path}: holds no prompts; give a .jsonl file, or a directory of such files")
     return found

@@ -6,7 +6,7 @@ is needed: the rank of the gold object is one more than the number of allowed to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from megaprompt.backbone import Backbone
 from megaprompt.distributed.launch import World
 from megaprompt.distributed.schedule import my_passes, padded
-from megaprompt.packing import PassSize, pack
+from megaprompt.packing import PassSize, pack, split_into_passes
 from megaprompt.template import Query
 
 METRICS = ("p_at_1", "p_at_10", "mrr")
@@ -74,10 +74,10 @@ class _Answers:
 
 
 def _computed(
-    backbone: Backbone, queries: Sequence[Query], prompts: Tensor | None, size: PassSize, world: World, everyone: World
+    backbone: Backbone, queries: Sequence[Query], passes: Iterable[list[int]], prompts: Tensor | None, size: PassSize
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """This rank's share of the queries, some at a time, with their logits [n, vocabulary] in at least float32."""
-    for indices in padded(my_passes(queries, world, size), everyone):
+    """Indices of queries, some at a time, with their logits [n, vocabulary] in at least float32, pass by pass."""
+    for indices in passes:
         batch = pack([queries[i] for i in indices], size.row_tokens).to(backbone.device)
         logits = backbone(batch, prompts)[:, : backbone.vocabulary_size]
         if logits.dtype in (torch.float16, torch.bfloat16):
@@ -110,7 +110,8 @@ def predict(
             and may have other queries, or none.
     """
     answers = _Answers(len(queries), gold, allowed, top, backbone.device)
-    for indices, logits in _computed(backbone, queries, prompts, size, world, everyone or world):
+    passes = padded(my_passes(queries, world, size), everyone or world)
+    for indices, logits in _computed(backbone, queries, passes, prompts, size):
         answers.add(indices, logits)
     return answers.of_all_ranks(world)
 
@@ -134,18 +135,20 @@ def predict_together(
         weights: of the wordings. (LPAQA, arXiv 1911.12543, equation 4.)
     """
     answers = _Answers(len(gold), gold, allowed, top, backbone.device)
-    together = max(world.size, (1 << 24) // backbone.vocabulary_size)  # facts, so that their scores take 64 MB
-    for start in range(0, len(gold), together):
-        facts = range(start, min(start + together, len(gold)))
+    # The scores of all facts of a part are in memory, 64 MB. Each rank has all wordings of its facts, which are packed
+    # together: where they begin alike, mostly with the subject, that is computed once.
+    part = max(1, (1 << 24) // backbone.vocabulary_size)
+    share = range(world.rank, len(gold), world.size)
+    for start in range(0, len(range(0, len(gold), world.size)), part):  # as often on all ranks
+        facts = share[start : start + part]
+        queries = [wording[i] for wording in wordings for i in facts]
         scores = torch.zeros(len(facts), backbone.vocabulary_size, device=backbone.device)
-        mine: set[int] = set()
-        for queries, weight in zip(wordings, weights, strict=True):
-            part = [queries[i] for i in facts]
-            for indices, logits in _computed(backbone, part, None, size, world, world):
-                scores[indices] += weight * logits.log_softmax(1)
-                mine.update(indices)
-        own = sorted(mine)
-        answers.add([start + i for i in own], scores[own])
+        passes = padded(split_into_passes(queries, size), world)
+        for indices, logits in _computed(backbone, queries, passes, None, size):
+            weight = torch.tensor([weights[i // len(facts)] for i in indices]).to(logits)
+            fact = torch.tensor([i % len(facts) for i in indices], dtype=torch.int64, device=logits.device)
+            scores.index_add_(0, fact, (logits.log_softmax(1) * weight[:, None]).to(scores.dtype))
+        answers.add(list(facts), scores)
     return answers.of_all_ranks(world)
 
 

@@ -106,7 +106,7 @@ def preflight(config: ProbeConfig) -> None:
 
     def memory() -> str:
         training: dict[str, Method] = {"p-tuning": "p-tuning", "fine-tuning": "fine-tuning"}
-        training["manual+fine-tuning"] = "fine-tuning"
+        training |= {"manual+fine-tuning": "fine-tuning", "autoprompt": "p-tuning"}  # whose search needs no more
         lines = []
         for method in sorted({training[name] for name in config.methods if name in training}):
             needed = _plan_here(config, method, max(1, relations))

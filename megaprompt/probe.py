@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaprompt import __version__
+from megaprompt import __version__, autoprompt
 from megaprompt.backbone import Backbone, load_backbone
 from megaprompt.backbone.tokenization import Tokenization
 from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig
@@ -39,12 +39,12 @@ from megaprompt.facts import SPLITS, Data, Fact, Relation, Split, load_data, rea
 from megaprompt.fine_tuning import FineTuner
 from megaprompt.loss_scale import NO_SCALING
 from megaprompt.packing import PassSize
-from megaprompt.progress import ProgressFile, Update, progress
+from megaprompt.progress import ProgressFile, progress
 from megaprompt.prompt_encoder import seed_of
 from megaprompt.report import write_report
 from megaprompt.run_directory import RunDirectory, SavedPrompt, load_prompts
 from megaprompt.template import Template, default_template
-from megaprompt.training import Examples, Hooks, Learned, Recipe, Task, Trainer
+from megaprompt.training import Examples, Hooks, Interrupted, Learned, Recipe, Task, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         backbone,
         vocabulary,
         names=config.relations,
-        splits=SPLITS if "p-tuning" in config.methods or fine_tuning else ("train", "test") if discrete else ("test",),
+        splits=SPLITS if set(config.methods) - {"manual"} else ("train", "test") if discrete else ("test",),
         limit=config.limit_facts,
         seed=config.seed,
     )
@@ -253,13 +253,12 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
     del backbone  # a job that fine-tunes lets go of it
     if "manual" in config.methods and "manual" not in results["methods"]:
         job.manual()
-        job.save()
     if "p-tuning" in config.methods and "p-tuning" not in results["methods"]:
         job.p_tuning(None if config.init == "manual" else template, recipe)
-        job.save()
     for name, prompts in discrete.items():
         job.discrete(name, prompts)
-        job.save()
+    if "autoprompt" in config.methods and "autoprompt" not in results["methods"]:
+        job.autoprompt()
     for method in fine_tuning:
         if method not in results["methods"]:
             job.fine_tuning(method)
@@ -288,6 +287,10 @@ def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
 
 
+Scored = tuple[dict[str, Any], Predictions]
+"""What a method's results say of one relation, and its predictions on test."""
+
+
 @dataclass
 class _Job:
     """The parts of a run, handed to each method."""
@@ -306,23 +309,67 @@ class _Job:
     def size(self) -> PassSize:
         return PassSize(self.config.row_tokens, self.config.pass_tokens)
 
-    def save(self) -> None:
+    def save(self, report: bool = True) -> None:
         """Write the results so far, and the report."""
         self.results["peak_memory_bytes"] = _peak_memory(self.world)
         if self.world.is_main:
             self.run.write_results(self.results)
-            write_report(self.run.path)
+            if report:
+                write_report(self.run.path)
+
+    def each_relation(
+        self,
+        methods: Sequence[str],
+        score: Callable[[str, Callable[[], bool]], Mapping[str, Scored]],
+        *,
+        title: str | None = None,
+        own_progress: bool = False,
+    ) -> None:
+        """Score all relations by methods, and write down what is known of each at once: a stopped run goes on there.
+
+        Args:
+            score: gets a relation and a function that tells whether to stop; gives each method's scores.
+            title: what the user is told that is being done; the methods, if not given.
+            own_progress: `score` shows its progress.
+
+        Raises:
+            Interrupted: a signal said so on some rank.
+        """
+        title = title or " and ".join(methods)
+        unfinished = self.results.setdefault("unfinished", {})
+        rows = {method: unfinished.setdefault(method, {}) for method in methods}
+        todo = [name for name in self.relations if any(name not in done for done in rows.values())]
+        start, count = time.monotonic(), len(self.relations)
+        shown = progress(title, count, self.world.is_main and not own_progress, unit="relations")
+        with _stop_signals() as should_stop, shown as update:
+            for number, name in enumerate(todo, start=count - len(todo) + 1):
+                self.status.phase(f"{title} {name}")
+                if self.world.max_(torch.tensor(int(should_stop())), "schedule"):
+                    raise Interrupted(f"interrupted before {name}; continue with --resume")
+                for method, (row, found) in score(name, should_stop).items():
+                    rows[method][name] = row | metrics(found.rank)
+                    self.write_predictions(method, name, found)
+                self.save(report=False)
+                update(number)
+        for method in methods:
+            done = {name: rows[method][name] for name in self.relations}
+            self.results["methods"][method] = {"relations": done, **summarize(done)}
+            self.results["timing"][method] = {"seconds": time.monotonic() - start}
+            del unfinished[method]
+        if not unfinished:
+            del self.results["unfinished"]
+        self.save()
 
     def manual(self) -> None:
         """Score the prompts that came with the data."""
-        self.status.phase("manual")
-        start = time.monotonic()
-        templates = {name: self.manual_template(name) for name in self.relations}
-        rows = {}
-        for name, template in templates.items():
+
+        def score(name: str, _: Any) -> dict[str, Scored]:
+            template = self.manual_template(name)
             dev = self.score(name, template, None, "dev").rank
-            rows[name] = self._row(name, template, dev_p_at_1=metrics(dev)["p_at_1"] if len(dev) else None)
-        self.finish("manual", rows, {name: self.score(name, t, None, "test") for name, t in templates.items()}, start)
+            row = self._row(name, template, dev_p_at_1=metrics(dev)["p_at_1"] if len(dev) else None)
+            return {"manual": (row, self.score(name, template, None, "test"))}
+
+        self.each_relation(["manual"], score)
 
     def manual_template(self, name: str) -> Template:
         """The prompt that came with the data.
@@ -435,13 +482,15 @@ class _Job:
             loss_scale=self.deepspeed.loss_scale if half else NO_SCALING,
         )
         learned = self.learn(trainer, templates)
-        self.status.phase("test")
-        start = time.monotonic()
-        rows, predictions = {}, {}
-        for name, found in learned.items():
-            rows[name] = self._row(name, templates[name], dev_p_at_1=found.dev["p_at_1"], epochs=found.epochs)
-            predictions[name] = self.score(name, templates[name], found.prompts.to(self.backbone.device), "test")
-        self.finish("p-tuning", rows, predictions, start)
+
+        def score(name: str, _: Any) -> dict[str, Scored]:
+            found = learned[name]
+            row = self._row(name, templates[name], dev_p_at_1=found.dev["p_at_1"], epochs=found.epochs)
+            return {
+                "p-tuning": (row, self.score(name, templates[name], found.prompts.to(self.backbone.device), "test"))
+            }
+
+        self.each_relation(["p-tuning"], score, title="test")
 
     def discrete(self, name: str, prompts: Mapping[str, Sequence[DiscretePrompt]]) -> None:
         """Score discrete prompts: the best one on train and, if a relation has several, all together.
@@ -454,8 +503,6 @@ class _Job:
             methods = {name: False}
         if all(method in self.results["methods"] for method in methods):
             return
-        self.status.phase(name)
-        start = time.monotonic()
         encoder = self.backbone.text_encoder()
 
         def fits(template: Template) -> bool:
@@ -464,31 +511,57 @@ class _Job:
             except UsageError:
                 return False
 
-        rows: dict[str, dict[str, Any]] = {method: {} for method in methods}
-        predictions: dict[str, dict[str, Predictions]] = {method: {} for method in methods}
-        with progress(name, len(self.relations), self.world.is_main, unit="relations") as update:
-            for number, relation in enumerate(self.relations, start=1):
-                found = usable_prompts(prompts.get(relation, ()), fits)
-                own = found or [DiscretePrompt(self.manual_template(relation))]
-                best = own[0]
-                if len(own) > 1:
-                    best = max(own, key=lambda prompt: self._on_train(relation, prompt.template))
-                for method, together in methods.items():
-                    if together and len(own) > 1:
-                        predictions[method][relation] = self._together(relation, own)
-                    else:
-                        predictions[method][relation] = self.score(relation, best.template, None, "test")
-                    rows[method][relation] = self._row(relation, best.template, prompts=len(found))
-                    if together and len(own) > 1:
-                        rows[method][relation]["template"] = f"{len(own)} prompts"
-                update(number)
-        for method in methods:
-            self.finish(method, rows[method], predictions[method], start)
+        def score(relation: str, _: Any) -> dict[str, Scored]:
+            found = usable_prompts(prompts.get(relation, ()), fits)
+            own = found or [DiscretePrompt(self.manual_template(relation))]
+            best = own[self._best_on_train(relation, [prompt.template for prompt in own])]
+            row = self._row(relation, best.template, prompts=len(found))
+            scored = dict.fromkeys(methods, (row, self.score(relation, best.template, None, "test")))
+            for method, together in methods.items():
+                if together and len(own) > 1:
+                    scored[method] = (row | {"template": f"{len(own)} prompts"}, self._together(relation, own))
+            return scored
 
-    def _on_train(self, name: str, template: Template) -> tuple[float, float]:
-        """How good a prompt is on the training facts; the larger the better."""
-        scores = metrics(self.score(name, template, None, "train").rank)
-        return scores["p_at_1"], scores["mrr"]
+        self.each_relation(list(methods), score, title=name)
+
+    def autoprompt(self) -> None:
+        """Search for prompts with AutoPrompt, and score the best of each relation on test."""
+        search = autoprompt.Search(self.config.autoprompt_steps)
+        given = self.config.template
+        template = Template.parse(given) if given else autoprompt.default_template(self.backbone.causal)
+
+        def score(name: str, should_stop: Callable[[], bool]) -> dict[str, Scored]:
+            with self.training("autoprompt", name, should_stop, unit="steps") as hooks:
+                found = autoprompt.search(
+                    self.backbone,
+                    self.task(name, template),
+                    search,
+                    allowed=self.vocabulary.allowed,
+                    seed=self.config.seed,
+                    size=self.size,
+                    world=self.world,
+                    hooks=hooks,
+                )
+            test = autoprompt.filled(self.relations[name].examples("test", template, self.backbone), found.tokens)
+            row = self._row(name, template, dev_p_at_1=found.dev["p_at_1"], tokens=found.tokens, steps=found.step)
+            row["template"] = autoprompt.text_of(template, found.tokens, self.backbone)
+            return {"autoprompt": (row, self.predict(test, None, top=10))}
+
+        self.each_relation(["autoprompt"], score, own_progress=True)
+        rows = self.results["methods"]["autoprompt"]["relations"]
+        if self.world.is_main:
+            self.run.write_discrete({name: row["template"] for name, row in rows.items()})
+
+    def _best_on_train(self, name: str, templates: Sequence[Template]) -> int:
+        """Which of the prompts has the best P@1 (of equal ones: MRR) on the training facts of a relation."""
+        if len(templates) == 1:
+            return 0
+        examples = [self.relations[name].examples("train", template, self.backbone) for template in templates]
+        queries = [query for wording in examples for query in wording.queries]
+        objects = [token for wording in examples for token in wording.objects]
+        found = self.predict(Examples(queries, objects), None)  # all at once, since they share beginnings
+        scores = [metrics(rank) for rank in found.rank.split(len(examples[0]))]
+        return max(range(len(scores)), key=lambda i: (scores[i]["p_at_1"], scores[i]["mrr"]))
 
     def _together(self, name: str, prompts: Sequence[DiscretePrompt]) -> Predictions:
         """Rank the test facts of a relation by several prompts together."""
@@ -512,11 +585,8 @@ class _Job:
         sharded = self.deepspeed.sharding is not None
         dtype = self.backbone.model.dtype if sharded or self.config.dtype else torch.float32
         deepspeed = self.deepspeed.for_training(dtype)
-        rows = self.results.setdefault("unfinished", {}).setdefault(method, {})
-        start = time.monotonic()
-        for number, name in enumerate(self.relations, start=1):
-            if name in rows:
-                continue
+
+        def score(name: str, should_stop: Callable[[], bool]) -> dict[str, Scored]:
             del self.backbone  # before the next one is loaded
             gc.collect()
             self.backbone = load_backbone(self.config.backbone, dtype, self.world.device, deepspeed, trainable=True)
@@ -531,38 +601,37 @@ class _Job:
                 world=self.world,
                 deepspeed=deepspeed,
             )
-            self.status.phase(f"{method} {name}")
-            title = f"{method} {name} ({number} of {len(self.relations)})"
-            with _stop_signals() as should_stop, progress(title, len(task.train), self.world.is_main) as update:
-
-                def log(line: dict[str, Any]) -> None:
-                    if self.world.is_main:
-                        self.run.append_log({"method": method, **line})
-
-                def show(done: int, total: int, step: int, update: Update = update) -> None:
-                    update(done, total)
-                    self.status.facts(done, total, step)
-
-                def keep(name: str = name, template: Template = template) -> Predictions:
-                    return self.score(name, template, None, "test")
-
-                hooks = Hooks(log=log, progress=show, should_stop=should_stop)
-                found = tuner.train(self.vocabulary.allowed, hooks, keep)
+            with self.training(method, name, should_stop) as hooks:
+                found = tuner.train(self.vocabulary.allowed, hooks, lambda: self.score(name, template, None, "test"))
             row = self._row(name, template, dev_p_at_1=tuner.course.best["p_at_1"], epochs=tuner.course.epoch)
-            rows[name] = row | metrics(found.rank)
-            self.write_predictions(method, name, found)
-            del tuner
-            self.save()
-        self.results["methods"][method] = {"relations": rows, **summarize(rows)}
-        self.results["timing"][method] = {"seconds": time.monotonic() - start}
-        del self.results["unfinished"][method]
-        if not self.results["unfinished"]:
-            del self.results["unfinished"]
-        self.save()
+            return {method: (row, found)}
+
+        self.each_relation([method], score, own_progress=True)
+
+    @contextmanager
+    def training(self, method: str, name: str, should_stop: Callable[[], bool], unit: str = "facts") -> Iterator[Hooks]:
+        """Log and progress of a method that trains one relation after the other."""
+        title = f"{method} {name} ({list(self.relations).index(name) + 1} of {len(self.relations)})"
+        facts = len(self.relations[name].facts["train"])  # until it says how much there is to do
+        with progress(title, facts, self.world.is_main, unit) as update:
+
+            def log(line: dict[str, Any]) -> None:
+                if self.world.is_main:
+                    self.run.append_log({"method": method, **line})
+
+            def show(done: int, total: int, step: int) -> None:
+                update(done, total)
+                self.status.facts(done, total, step)
+
+            yield Hooks(log=log, progress=show, should_stop=should_stop)
 
     def score(self, name: str, template: Template, prompts: Tensor | None, split: Split) -> Predictions:
         """Rank the facts of one split of a relation with one prompt."""
         examples = self.relations[name].examples(split, template, self.backbone)
+        return self.predict(examples, prompts, top=10 if split == "test" else 0)
+
+    def predict(self, examples: Examples, prompts: Tensor | None, top: int = 0) -> Predictions:
+        """Rank the objects of any queries."""
         return predict(
             self.backbone,
             examples.queries,
@@ -571,24 +640,13 @@ class _Job:
             allowed=self.vocabulary.allowed,
             world=self.world,
             size=self.size,
-            top=10 if split == "test" else 0,
+            top=top,
         )
 
     def _row(self, name: str, template: Template, **more: Any) -> dict[str, Any]:
         usable = self.relations[name]
         row = {"type": usable.relation.type, "facts": len(usable.facts["test"]), "epochs": None}
         return {**row, "template": template.text, **more}
-
-    def finish(
-        self, method: str, rows: dict[str, dict[str, Any]], predictions: Mapping[str, Predictions], start: float
-    ) -> None:
-        """Write down a method's scores and predictions."""
-        for name, found in predictions.items():
-            rows[name] |= metrics(found.rank)
-        self.results["methods"][method] = {"relations": rows, **summarize(rows)}
-        self.results["timing"][method] = {"seconds": time.monotonic() - start}
-        for name, found in predictions.items():
-            self.write_predictions(method, name, found)
 
     def write_predictions(self, method: str, name: str, found: Predictions) -> None:
         """Put a method's predictions on test beside those of other methods."""

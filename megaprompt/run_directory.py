@@ -6,6 +6,7 @@ results.json                scores of every method so far; "complete" says wheth
 prompts/P36.safetensors     learned prompt vectors [pseudo tokens, hidden size], with what they belong to
 predictions/P36.jsonl       subject, object, rank and best answers per fact and method
 state/step-00000150/        a checkpoint of training: one file per relation, and a manifest with their checksums
+autoprompt.jsonl            prompts that AutoPrompt found, for `--discrete`
 log.jsonl, tensorboard/     one line per relation and epoch
 report.html, *.png          see `report`
 """
@@ -115,12 +116,17 @@ class RunDirectory:
 
     def read_predictions(self, relation: str) -> list[dict[str, Any]]:
         """The prediction lines of a relation so far."""
-        path = self.path / "predictions" / f"{relation}.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return _json_lines(self.path / "predictions" / f"{relation}.jsonl")
 
     def write_predictions(self, relation: str, lines: Iterable[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_file(self.path / "predictions" / f"{relation}.jsonl", text.encode())
+
+    def write_discrete(self, templates: Mapping[str, str]) -> None:
+        """The prompts that were found, by relation, as `--discrete` reads them."""
+        rows = ({"relation": relation, "template": template} for relation, template in templates.items())
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_file(self.path / "autoprompt.jsonl", text.encode())
 
     # ------------------------------------------------------------------------------------------------------------- log
 
@@ -130,8 +136,7 @@ class RunDirectory:
 
     def read_log(self) -> list[dict[str, Any]]:
         """The lines of the log so far."""
-        path = self.path / "log.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return _json_lines(self.path / "log.jsonl")
 
     def log_size(self) -> int:
         """Bytes in the log."""
@@ -222,6 +227,11 @@ class RunDirectory:
         if isinstance(found, str):
             raise MegapromptError(found)
         return None if found is None else Checkpoint(found[0], found[1]["step"], found[1]["about"])
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file, or none; an answer may hold what `splitlines` takes for the end of a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
 
 
 CHECKPOINT_FORMAT = 2

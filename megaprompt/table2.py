@@ -86,6 +86,7 @@ def cited_scores(backbone: Mapping[str, Any], vocabulary: str) -> dict[str, floa
 _OF_ALL_TRAINING = ("recipe", "batch_size", "max_epochs", "max_steps", "patience", "dtype")
 _SETTINGS = {
     "p-tuning": ("template", "encoder", "init", "learning_rate", "weight_decay", *_OF_ALL_TRAINING),
+    "autoprompt": ("template", "autoprompt_steps", "dtype"),
     "fine-tuning": ("fine_tuning_rate", *_OF_ALL_TRAINING[1:]),
     "manual+fine-tuning": ("fine_tuning_rate", *_OF_ALL_TRAINING[1:]),
 }

@@ -43,7 +43,8 @@ class Query(NamedTuple):
 class TextEncoder(NamedTuple):
     """How one backbone reads text; made by `megaprompt.backbone`.
 
-    `encode(text, is_start)` gives vocabulary ids without special tokens; text that is not the start follows a word.
+    `encode(text, is_start)` gives vocabulary ids without special tokens. Text that is not the start follows a word, as
+    a new one if it starts with white space, else as a part of it ("'s").
     `prefix` is what stands before every text (a beginning-of-text token, or nothing). A bidirectional model has a
     `mask` token, which stands for the object, and a `suffix` after every text.
     """
@@ -75,7 +76,7 @@ class Template:
                     f'and one [Y] (the object), as in "{DEFAULT_CAUSAL}"'
                 )
         parts = re.split(r"(<\d+>|\[X\]|\[Y\])", text)
-        return cls(text, tuple(int(p[1:-1]) if re.fullmatch(r"<\d+>", p) else p for p in parts if p.strip()))
+        return cls(text, tuple(int(p[1:-1]) if re.fullmatch(r"<\d+>", p) else p for p in parts if p))
 
     @property
     def num_pseudo_tokens(self) -> int:
@@ -89,13 +90,15 @@ class Template:
         """
         text, tokens, is_start = "", [], True
         for piece in self.pieces:
+            if isinstance(piece, int):
+                raise UsageError(f"template {self.text!r} has pseudo tokens; a manual prompt has none")
             if piece in (SUBJECT, OBJECT):
                 text += str(piece)
-            elif isinstance(piece, str):
-                ids = encoder.encode(piece.strip(), is_start)
+            elif piece.strip():
+                ids = encoder.encode(piece.strip() if is_start else piece.rstrip(), is_start)
                 text += f"<{len(ids)}>"
                 tokens += ids
-            is_start = False
+            is_start = is_start and not piece.strip()
             if piece == OBJECT and encoder.mask is None:  # a causal backbone reads no further
                 break
         return Template.parse(text), tokens
@@ -108,6 +111,7 @@ class Template:
 
         Words are separated by the backbone's own convention: text that follows a pseudo token starts a new word, and
         white space before a pseudo token or the object is dropped, since the space belongs to the next word's token.
+        Text that touches [X] or follows [Y] without a space is a part of that word. The object itself is always a word.
 
         Raises:
             UsageError: [X] stands after [Y], where a causal model cannot see it, or nothing stands before [Y].
@@ -118,14 +122,16 @@ class Template:
                 f"template {self.text!r} has [X] after [Y]; a causal backbone reads only what stands before the object"
             )
         tokens, pseudo, text, target = list(encoder.prefix), 0, "", 0
-        is_start = True
+        is_start, behind_pseudo = True, False
         for piece in (*pieces, 0):  # the 0 flushes the last text
             if not isinstance(piece, int) and piece != OBJECT:
                 text += subject if piece == SUBJECT else piece
                 continue
-            if text := text.strip():
-                tokens += encoder.encode(text, is_start)
-                is_start, text = False, ""
+            if words := text.strip():
+                new_word = behind_pseudo or text[0].isspace()
+                tokens += encoder.encode(f" {words}" if new_word and not is_start else words, is_start)
+                is_start = False
+            text, behind_pseudo = "", isinstance(piece, int)
             if isinstance(piece, int):
                 tokens += range(-1 - pseudo, -1 - pseudo - piece, -1)
                 pseudo += piece

@@ -11,7 +11,7 @@ import torch
 from megaprompt.config import ProbeConfig
 from megaprompt.discrete import read_discrete_prompts
 from megaprompt.distributed.launch import World
-from megaprompt.errors import UsageError
+from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.evaluation import predict_together, rank_of_gold
 from megaprompt.packing import PassSize
 from megaprompt.probe import probe
@@ -103,8 +103,9 @@ def test_files_of_one_prompt_per_relation(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "x.jsonl:1: no relation and template"),
-        ('{"relation": "P36"}', "x.jsonl:1: no relation and template"),
+        ("{", "x.jsonl:1: not valid JSON"),
+        ('{"relation": "P36"}', 'x.jsonl:1: "template" is missing'),
+        ('{"template": "[X] [Y]", "weight": "much"}', "x.jsonl:1: .*'much'"),
         ('{"template": "no placeholders"}', "needs exactly one"),
         ('{"template": "<3>[X][Y]"}', "x.jsonl:1: has pseudo tokens"),
         ("", "holds no prompts"),
@@ -112,7 +113,7 @@ def test_files_of_one_prompt_per_relation(tmp_path):
 )
 def test_wrong_files_are_told_with_their_line(tmp_path, line, message):
     (tmp_path / "x.jsonl").write_text(line)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(MegapromptError, match=message):
         read_discrete_prompts(tmp_path / "x.jsonl")
 
 

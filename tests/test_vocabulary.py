@@ -157,7 +157,7 @@ def test_words_that_a_tokenizer_joins_are_left_out_and_refused_in_prompts():
     joins = Tokenization(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]"), "joins")
     assert joins.single_tokens(["Paris", "b", "unknown"]) == [None, 2, None]
     with pytest.raises(MegapromptError, match="joins 'Paris' to the word before it"):
-        joins.encode(["b", "Paris"], is_start=False)
+        joins.encode([" b", " Paris"], is_start=False)
 
 
 def test_unknown_backbone(tmp_path, capsys):

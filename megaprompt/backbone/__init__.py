@@ -10,11 +10,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from megaprompt.backbone import megatron  # noqa: F401 (registers the model with transformers)
@@ -59,9 +60,16 @@ def load_backbone(
                 directory = snapshot_download(directory, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"])
             model = load_sharded(Path(directory), dtype, deepspeed)
         else:
-            model = language_model(read_config(spec)).from_pretrained(
-                directory, dtype=dtype, attn_implementation="sdpa", local_files_only=os.path.isdir(directory)
+            kind = cast(Any, language_model(read_config(spec)))
+            model, found = kind.from_pretrained(
+                directory,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                local_files_only=os.path.isdir(directory),
+                output_loading_info=True,
             )
+            if missing := sorted(found["missing_keys"]):
+                raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"--backbone {spec}: cannot be loaded ({_reason(error)}); give {', '.join(_PACKAGED)}, a transformers "
@@ -107,7 +115,7 @@ def read_config(spec: str) -> PreTrainedConfig:
 
 
 def inspect_backbone(spec: str) -> tuple[int, str]:
-    """The hidden size of a backbone and a description, without reading the weights.
+    """The size of a backbone's input vectors and a description, without reading the weights.
 
     Raises:
         UsageError: there is no such backbone, or files are missing or cut off.
@@ -118,11 +126,13 @@ def inspect_backbone(spec: str) -> tuple[int, str]:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--backbone {spec}: cannot be loaded ({_reason(error)})") from error
+    with torch.device("meta"):
+        width = cast(nn.Embedding, language_model(config).from_config(config).get_input_embeddings()).embedding_dim
     text = config.get_text_config()
     about = f"{config.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}, {len(tokenizer)} tokens"
     root = Path(directory)
     if not root.is_dir():
-        return text.hidden_size, f"{about}, weights from the model hub"
+        return width, f"{about}, weights from the model hub"
     files = {path.name for pattern in ("*.safetensors", "*.bin") for path in root.glob(pattern)}
     if (index := root / "model.safetensors.index.json").is_file():
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -137,7 +147,7 @@ def inspect_backbone(spec: str) -> tuple[int, str]:
                     pass
         except (OSError, SafetensorError) as error:
             raise UsageError(f"--backbone {spec}: {name} is missing or cut off ({error}); copy it again") from error
-    return text.hidden_size, f"{about}, {size / 1e9:.2f} GB in {len(files)} file(s)"
+    return width, f"{about}, {size / 1e9:.2f} GB in {len(files)} file(s)"
 
 
 def _resolve(spec: str) -> str:

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from megaprompt.errors import MegapromptError
 from megaprompt.packing import PackedBatch
 
 
@@ -23,7 +24,7 @@ def language_model(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | typ
 
     It says so itself, unless it was made by hand; then models that can be masked ones are.
     """
-    named = (config.architectures or [""])[0]
+    named = (config.architectures or [""])[0].replace("WithLMHeadModel", "")  # XLM's and FlauBERT's are masked ones
     if named.endswith(("ForCausalLM", "LMHeadModel")) or getattr(config, "is_decoder", False):
         return AutoModelForCausalLM
     return AutoModelForMaskedLM if type(config) in MODEL_FOR_MASKED_LM_MAPPING else AutoModelForCausalLM
@@ -39,6 +40,8 @@ class PackedModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel, trainable: bool = False) -> None:
         super().__init__()
+        if model.get_output_embeddings() is None:
+            raise MegapromptError(f"{type(model).__name__} has no output layer over tokens; give another backbone")
         _fuse_rms_norms(model)
         self.model = model.eval().requires_grad_(trainable)
         self.hidden_size = cast(nn.Embedding, model.get_input_embeddings()).embedding_dim
@@ -58,13 +61,16 @@ class PackedModel(nn.Module):
             return None
         return (inputs[0].flatten(0, 1).index_select(0, self._targets), *inputs[1:])
 
-    def forward(self, batch: PackedBatch, prompts: Tensor | None = None) -> Tensor:
+    def forward(self, batch: PackedBatch | Tensor, prompts: Tensor | None = None) -> Tensor:
         """Logits [N targets, vocabulary] of a packed batch.
 
         Args:
-            batch: see `megaprompt.packing`; on this model's device.
+            batch: see `megaprompt.packing`; on this model's device. Or the tokens [T] of one text, which are computed
+                as transformers does of its own accord, with logits [T, vocabulary].
             prompts: prompt matrix [P, hidden size] that the batch's pseudo tokens index; may require a gradient.
         """
+        if isinstance(batch, Tensor):
+            return self.model(input_ids=batch[None]).logits[0]
         embeddings = self.model.get_input_embeddings()(batch.token_ids)  # [R, T, H]
         if prompts is not None:  # even where there are none to place: an empty pass must run backward with the others
             vectors = prompts.index_select(0, batch.pseudo_indices).to(embeddings.dtype)

@@ -9,7 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from megaprompt.errors import MegapromptError
 
 WORD = "a"
-"""What stands before text that is encoded as a continuation."""
+"""What stands before words that are encoded as a continuation."""
+
+_DIGIT = "0"
+"""What stands before the rest of a word: most tokenizers split digits from letters, so they do not join the two, but
+start no new word there."""
 
 
 class Tokenization:
@@ -17,7 +21,7 @@ class Tokenization:
 
     Text that does not start a sequence is encoded behind a word, and the tokens of that word are taken off. That gives
     what the tokenizer writes in mid-sentence: `Paris` for WordPiece, `ĠParis` for byte-level BPE, `▁Paris` for
-    SentencePiece and Llama.
+    SentencePiece and Llama. Text without white space before it goes on with the word: `##vik`, `vik`.
 
     Args:
         tokenizer: of transformers.
@@ -37,6 +41,8 @@ class Tokenization:
     def encode(self, texts: Sequence[str], *, is_start: bool) -> list[list[int]]:
         """Vocabulary ids of each text, without special tokens.
 
+        Text that is not the start is a new word if white space is before it, else the rest of a word.
+
         Raises:
             MegapromptError: the tokenizer joins a text to the word before it.
         """
@@ -45,7 +51,10 @@ class Tokenization:
         found = []
         for text, ids in zip(texts, self._continued(texts), strict=True):
             if ids is None:
-                raise MegapromptError(f"the tokenizer of {self.name} joins {text!r} to the word before it")
+                raise MegapromptError(
+                    f"the tokenizer of {self.name} joins {text.strip()!r} to the word before it"
+                    + ("" if text[:1].isspace() else "; put a space between them")
+                )
             found.append(ids)
         return found
 
@@ -54,7 +63,7 @@ class Tokenization:
         unknown = self.tokenizer.unk_token_id
         return [
             ids[0] if ids and len(ids) == 1 and ids[0] != unknown and ids[0] < self.vocabulary_size else None
-            for ids in self._continued(words)
+            for ids in self._continued([f" {word}" for word in words])
         ]
 
     def text_of(self, token: int) -> str:
@@ -65,7 +74,14 @@ class Tokenization:
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def _continued(self, texts: Sequence[str]) -> list[list[int] | None]:
-        """Ids of each text behind a word; None where the two are joined."""
-        [word] = self._ids([WORD])
-        both = self._ids([f"{WORD} {text.lstrip()}" for text in texts])
-        return [ids[len(word) :] if ids[: len(word)] == word else None for ids in both]
+        """Ids of each text behind a word, or at its end; None where the tokenizer joins the two."""
+        found = self._behind(WORD, [f" {text.lstrip()}" if text[:1].isspace() else text for text in texts])
+        rests = [i for i, text in enumerate(texts) if not text[:1].isspace()]
+        for i, ids in zip(rests, self._behind(_DIGIT, [texts[i] for i in rests]), strict=True):
+            found[i] = ids or found[i]
+        return found
+
+    def _behind(self, word: str, texts: Sequence[str]) -> list[list[int] | None]:
+        [before] = self._ids([word])
+        both = self._ids([word + text for text in texts])
+        return [ids[len(before) :] if ids[: len(before)] == before else None for ids in both]

@@ -259,8 +259,10 @@ def _check_swap_space(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def _stored_names(name: str, prefix: str) -> tuple[str, ...]:
-    """What a parameter may be called in a checkpoint: that of the bare model has no prefix."""
-    return name, name.removeprefix(f"{prefix}.")
+    """What a parameter may be called in a checkpoint: that of the bare model has no prefix, and BERT's norms had
+    TensorFlow's names."""
+    old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    return name, name.removeprefix(f"{prefix}."), old
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
