@@ -79,7 +79,8 @@ def progress(description: str, total: int, enabled: bool = True, unit: str = "fa
                 last = now
                 rate = (done - first) / (now - start)
                 left = f", {(latest - done) / rate:.0f} s left" if rate else ""
-                print(f"{description}: {done}/{latest} {unit}, {rate:.1f} {unit}/s{left}", file=sys.stderr, flush=True)
+                speed = f"{rate:.1f} {unit}/s" if rate >= 1 or not rate else f"{1 / rate:.1f} s each"
+                print(f"{description}: {done}/{latest} {unit}, {speed}{left}", file=sys.stderr, flush=True)
 
         yield update
         print(f"{description}: done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)

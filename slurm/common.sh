@@ -80,6 +80,20 @@ probe_job() {
   exit "$code"
 }
 
+# submit_array TASKS ARGUMENTS...
+# On a login node: submit this script as an array, and once more for a report when all of its tasks have ended.
+submit_array() {
+  local last=$(($1 - 1)) options array report
+  shift
+  read -ra options <<<"${SBATCH_OPTIONS:-}"
+  array=$(sbatch --parsable --array="0-$last" "${options[@]}" "$0" "$@")
+  # afterany: the report says what is missing. (afterok would be cancelled, by the option after it, if a task failed.)
+  report=$(MEGAPROMPT_REPORT=1 sbatch --parsable --dependency="afterany:$array" --kill-on-invalid-dep=yes \
+    --job-name="$(basename "$0" .sh)_report" --output=%x-%j.out --nodes=1 --ntasks-per-node=1 --gpus-per-node=0 \
+    --signal=TERM@10 "$0" "$@")
+  echo "submitted: array $array, then report $report"
+}
+
 SUBMITTED=("$@") # the arguments of the script, not of a function
 PYTHON=(python3)
 site=${MEGAPROMPT_SITE:-slurm/site.env}

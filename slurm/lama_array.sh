@@ -42,11 +42,6 @@ elif [[ ${SLURM_JOB_ID:-} ]]; then
 else
   list=$(IFS=,; echo "${relations[*]}")
   MEGAPROMPT_LOGIN_NODE=1 "${PYTHON[@]}" -m megaprompt probe "${arguments[@]}" --relations "$list" --out "$out/check" --check
-  read -ra options <<<"${SBATCH_OPTIONS:-}"
-  tasks=$(sbatch --parsable --array="0-$((${#relations[@]} - 1))" "${options[@]}" "$0" "$list" "$@")
-  # afterany: the report says what is missing. (afterok would be cancelled, by the option after it, if a task failed.)
-  report=$(MEGAPROMPT_REPORT=1 sbatch --parsable --dependency="afterany:$tasks" --kill-on-invalid-dep=yes \
-    --job-name=lama_array_report --output=%x-%j.out --ntasks-per-node=1 --gpus-per-node=0 --signal=TERM@10 \
-    "$0" "$list" "$@")
-  echo "submitted: array $tasks, then report $report; the table will be in $out/report.html"
+  submit_array "${#relations[@]}" "$list" "$@"
+  echo "the table will be in $out/report.html"
 fi

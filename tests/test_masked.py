@@ -1,24 +1,33 @@
 """Masked language models: packed equals plain in double precision, the whole job runs, and prompts are learned."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
+    AutoModelForMaskedLM,
+    BartConfig,
     BertConfig,
     BertForMaskedLM,
+    DebertaV2Config,
+    EsmConfig,
+    FlaubertConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
+    XLMConfig,
 )
 
-from megaprompt.backbone import Backbone, load_backbone
+from megaprompt.backbone import Backbone, inspect_backbone, load_backbone
+from megaprompt.backbone.packed import language_model
 from megaprompt.config import ProbeConfig
-from megaprompt.errors import MegapromptError
+from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.facts import SPLITS, load_data
 from megaprompt.memory import Workload, profile, shape_of
 from megaprompt.packing import PassSize, pack, split_into_passes
@@ -35,7 +44,7 @@ SMALL = {
 KINDS = {
     "bert": (BertConfig, BertForMaskedLM, {}),
     "roberta": (RobertaConfig, RobertaForMaskedLM, {"pad_token_id": 1, "type_vocab_size": 1}),
-    "albert": (AlbertConfig, AlbertForMaskedLM, {"embedding_size": 32}),
+    "albert": (AlbertConfig, AlbertForMaskedLM, {"embedding_size": 16}),
 }
 
 
@@ -116,7 +125,7 @@ def test_logits_and_gradients_equal_the_plain_forward(make_backbone, kind, row_t
     template = Template.parse("<3> [X] capital <2>[Y]<1> .")
     queries = [template.render(subject, encoder) for subject, _ in PAIRS["P36"]]
     queries += [Template.parse(TEMPLATES["P36"]).render(subject, encoder) for subject, _ in PAIRS["P36"][:4]]
-    prompts = torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
+    prompts = torch.randn(6, backbone.hidden_size, dtype=torch.float64, requires_grad=True)
     batch = pack(queries, row_tokens)
     packed = backbone(batch, prompts)[batch.target_of_query]
     weights = torch.randn_like(packed)
@@ -170,6 +179,41 @@ def test_a_model_that_ignores_masks_is_refused(make_backbone, monkeypatch):
         backbone.check_packing()
 
 
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        (EsmConfig, {}),  # its positions begin behind that of the padding
+        (DebertaV2Config, {"relative_attention": True}),
+        (BartConfig, {}),  # wants a text for its decoder
+        (XLMConfig, {"emb_dim": 32, "n_heads": 4}),
+    ],
+)
+def test_other_models_are_refused(tokenizer, config, more):
+    torch.manual_seed(0)
+    made = config(**SMALL | more, vocab_size=len(tokenizer))
+    assert language_model(made) is AutoModelForMaskedLM
+    backbone = Backbone(AutoModelForMaskedLM.from_config(made), tokenizer, "other")
+    with pytest.raises(MegapromptError, match=r"backbone other .* packed queries.*; it needs a transformer that takes"):
+        backbone.check_packing()
+
+
+@pytest.mark.parametrize("name", ["XLMWithLMHeadModel", "FlaubertWithLMHeadModel", "BertForMaskedLM", "BertModel"])
+def test_masked_models_are_known_by_their_name(name):
+    config = XLMConfig if name.startswith("XLM") else FlaubertConfig if name.startswith("F") else BertConfig
+    assert language_model(config(architectures=[name])) is AutoModelForMaskedLM
+
+
+def test_a_checkpoint_without_output_layer_is_refused(make_backbone, tokenizer, tmp_path):
+    make_backbone("bert").model.bert.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"of its weights are missing, such as cls\.predictions"):
+        load_backbone(str(tmp_path))
+
+
+def test_prompts_are_as_wide_as_embeddings(directory):
+    assert inspect_backbone(str(directory))[0] == load_backbone(str(directory)).hidden_size
+
+
 @pytest.mark.parametrize(("name", "parameters"), [("bert-base", 108_340_804), ("roberta-base", 124_697_433)])
 def test_built_in_shapes(name, parameters):
     """The published counts of BertForMaskedLM (cased) and RobertaForMaskedLM."""
@@ -182,6 +226,12 @@ def test_built_in_shapes(name, parameters):
 @pytest.mark.slow
 def test_zero3_changes_nothing(directory, data_directory, tmp_path):
     options = ("probe", "--backbone", directory, "--data", data_directory, "--max-epochs", 3)
+    weights = load_file(directory / "model.safetensors")  # with the names that are in BERT's published checkpoints
+    old = {".weight": ".gamma", ".bias": ".beta"}
+    for name in [name for name in weights if re.search(r"LayerNorm\.(weight|bias)$", name)]:
+        head, dot, tail = name.rpartition(".")
+        weights[head + old[dot + tail]] = weights.pop(name)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
     alone = run_cli(*options, "--out", tmp_path / "alone")
     sharded = run_cli(*options, "--out", tmp_path / "sharded", "--deepspeed", CONFIGS / "zero3.json")
     assert alone.returncode == sharded.returncode == 0, sharded.stderr

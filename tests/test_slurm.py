@@ -1,5 +1,6 @@
 """The scripts in slurm/, unmodified, on a real Slurm with two virtual nodes (see `slurm_cluster`)."""
 
+import csv
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from megaprompt.cli import main
 from megaprompt.progress import read_progress
-from tests.conftest import run_cli, write_data
+from tests.conftest import PAIRS, make_model, run_cli, write_data
 from tests.megatron_parts import random_model, write_checkpoint
 from tests.slurm_cluster import SlurmCluster, wait_for, why_not
 from tests.test_launch import BIN, HELLO, ROOT
@@ -178,6 +179,26 @@ def test_array_and_report(cluster, site, options, short, tmp_path):
         for average in ("macro", "micro"):
             assert merged[method][average] == pytest.approx(joint[method][average])
     assert main(["evaluate", "--prompts", str(out)]) == 0  # the prompts are there, too
+
+
+def test_the_whole_of_table_2(cluster, site, backbone_directory, options, tokenizer, tmp_path):
+    make_model("gpt2", len(tokenizer)).save_pretrained(tmp_path / "gpt2-small")
+    tokenizer.save_pretrained(tmp_path / "gpt2-small")
+    out = tmp_path / "table"
+    printed = cluster.run(
+        "bash", "slurm/lama_table2.sh", f"{backbone_directory},{tmp_path / 'gpt2-small'}/", *options[2:], *epochs(3),
+        "--out", out, **site, SBATCH_OPTIONS=" ".join(SMALL), METHODS="manual,p-tuning manual+fine-tuning",
+    )  # fmt: skip
+    array, report = re.search(r"array (\d+), then report (\d+)", printed).groups()
+    for task in range(4):
+        completed(cluster, f"{array}_{task}")
+    completed(cluster, report)
+    assert {word for pairs in PAIRS.values() for _, word in pairs} <= set((out / "vocabulary.txt").read_text().split())
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    methods = {"majority", "manual", "manual+fine-tuning", "p-tuning"}
+    assert {(Path(row["backbone"]).name, row["method"]) for row in rows} == {
+        (name, method) for name in (backbone_directory.name, "gpt2-small") for method in methods
+    }
 
 
 def test_memory_on_clusters_of_several_sizes(cluster, site, backbone_directory, tmp_path):

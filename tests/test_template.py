@@ -31,6 +31,26 @@ def test_manual_prompt_starts_the_text_and_ends_before_the_object():
     assert query.target == 4
 
 
+def test_text_that_touches_a_placeholder_goes_on_with_the_word():
+    written = []
+
+    def note(text: str, is_start: bool) -> list[int]:
+        written.append((text, is_start))
+        return [len(written)]
+
+    masked = TextEncoder(note, mask=0)
+    assert Template.parse("[X]'s capital <1>city [Y]. It").render("Peru", masked).tokens == (1, -1, 2, 0, 3)
+    assert written == [("Peru's capital", True), (" city", False), (". It", False)]
+    written.clear()
+    Template.parse("[Y] [X]'s").render("Peru", masked)
+    Template.parse("[Y][X]").render("Peru", masked)
+    assert written == [(" Peru's", False), ("Peru", False)]
+    written.clear()
+    template, tokens = Template.parse("In [X]'s city [Y].").softened(masked)
+    assert (template.text, tokens) == ("<1>[X]<1>[Y]<1>", [1, 2, 3])
+    assert written == [("In", True), ("'s city", False), (".", False)]
+
+
 def test_beginning_of_text_token():
     query = Template.parse("[X]<1>[Y]").render("Peru", TextEncoder(spell, (7,)))
     assert query.tokens == (7, 104, -1)

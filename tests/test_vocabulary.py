@@ -101,6 +101,20 @@ def test_words_have_the_right_ids_in_every_kind(directories, kind):
     assert [tokenizer.text_of(i) for i in ids[: len(CITIES)]] == CITIES
 
 
+def test_the_rest_of_a_word_is_no_new_word():
+    letters = "0a vik's."
+    tokenizers = {
+        "wordpiece": (wordpiece([*letters.replace(" ", ""), "##vik"]), ["##vik"]),
+        "byte_level": (byte_level([letters + "vik"] * 9), ["vik"]),
+        "sentencepiece": (sentencepiece([*letters.replace(" ", ""), "vik"]), ["v", "i", "k"]),
+        "llama": (llama(["0 1 vik"] * 9), ["vik"]),
+    }
+    for kind, (tokenizer, expected) in tokenizers.items():
+        [rest], [word] = (Tokenization(tokenizer, kind).encode([text], is_start=False) for text in ("vik", " vik"))
+        assert tokenizer.convert_ids_to_tokens(rest) == expected, kind
+        assert rest != word, kind
+
+
 def test_the_intersection_filters_and_ranks_the_same_words_in_every_kind(directories, tmp_path):
     out = tmp_path / "vocab" / "common.txt"
     backbones = ",".join(map(str, directories.values()))
