@@ -15,6 +15,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.0",
+        "datasets>=4.0",
         "torch>=2.6",
         "transformers>=5.0",
         "deepspeed>=0.17",

@@ -236,14 +236,14 @@ def _data(args: list[str]) -> None:
 
 def _data_fetch(args: list[str]) -> None:
     from megaprompt.config import FetchConfig, parse
-    from megaprompt.fetch import SOURCES, fetch
+    from megaprompt.fetch import SOURCES, fetch, fetch_from_hub
 
     config = parse(FetchConfig, args, "megaprompt data fetch")
     source = SOURCES[config.source]
     out = config.out or Path("data") / config.source
     if config.url is not None:
         source = source._replace(url=config.url, relations_url=None)
-    fetched = fetch(source, out)
+    fetched = fetch(source, out) if config.hub is None else fetch_from_hub(config.hub, out)
     facts = ", ".join(f"{count} {split}" for split, count in fetched.facts.items())
     print(f"{out} has {fetched.relations} relations: {facts} facts")
     if fetched.templates < fetched.relations:

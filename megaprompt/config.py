@@ -344,6 +344,12 @@ class FetchConfig:
     """Directory to write; data/SOURCE if not given. It must not exist."""
     url: str | None = None
     """Another address of the archive, such as a mirror."""
+    hub: str | None = None
+    """Take LAMA from the model hub instead, with the package datasets: facebook/lama, or one with the same columns."""
+
+    def __post_init__(self) -> None:
+        if self.hub is not None and (self.source != "lama" or self.url is not None):
+            raise UsageError("--hub: only lama is on the model hub, which needs no --url")
 
 
 @dataclass(frozen=True)

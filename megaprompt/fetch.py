@@ -20,6 +20,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -99,28 +100,77 @@ def fetch(source: Source, out: Path) -> Fetched:
         UsageError: `out` exists, or the address is none.
         MegapromptError: the download failed, or the archive is damaged, dangerous, or not the expected one.
     """
-    if out.exists():
-        raise UsageError(f"--out {out} exists; choose another directory, or remove it to fetch the data again")
-    work = out.parent / f".{out.name}.partial"
-    archive, unpacked, whole = work / "archive", work / "unpacked", work / "whole"
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        for leftover in (unpacked, whole):
-            shutil.rmtree(leftover, ignore_errors=True)
+    with _work_directory(out) as work:
+        archive, unpacked = work / "archive", work / "unpacked"
         sha256 = download(source.url, archive)
         extract(archive, unpacked)
         relations = None
         if source.relations_url is not None and not any(unpacked.rglob("relations.jsonl")):
             relations = work / "relations.jsonl"
             download(source.relations_url, relations)
-        fetched = _convert(_root(unpacked, source, archive), relations, whole)
+        fetched = _convert(_root(unpacked, source, archive), relations, work / "whole")
         about = {"url": source.url, "sha256": sha256, "bytes": archive.stat().st_size}
-        write_file(whole / "source.json", json.dumps(about, indent=1).encode() + b"\n")
-        whole.rename(out)
+        write_file(work / "whole" / "source.json", json.dumps(about, indent=1).encode() + b"\n")
+    return fetched
+
+
+def fetch_from_hub(name: str, out: Path) -> Fetched:
+    """Write LAMA's T-REx facts as the model hub has them (data set `facebook/lama`, with a row for each sentence that
+    states a fact) into the new directory `out`.
+
+    Raises:
+        UsageError: `out` exists.
+        MegapromptError: the hub does not have it, or it is another data set.
+    """
+    from datasets import load_dataset
+
+    wanted = ("uuid", "sub_uri", "sub_label", "obj_uri", "obj_label")
+    about = ("template", "label", "type")
+    with _work_directory(out) as work:
+        try:
+            # The data set itself is a program, which the package no longer runs; this is what the hub made of it.
+            rows = load_dataset(name, "trex", split="train", revision="refs/convert/parquet")
+            rows = rows.select_columns(["predicate_id", *wanted, *about])
+        except Exception as error:  # of many kinds, from several packages
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise MegapromptError(
+                f"--hub {name}: {reason}; leave --hub out for the archive of LAMA's authors"
+            ) from error
+        facts: dict[str, dict[str, str]] = {}
+        relations: dict[str, str] = {}
+        for row in rows:
+            relation = row["predicate_id"]
+            line = json.dumps({key: row[key] for key in wanted}, ensure_ascii=False)
+            facts.setdefault(relation, {}).setdefault(row["uuid"], line)
+            relations.setdefault(relation, json.dumps({"relation": relation, **{key: row[key] for key in about}}))
+        for relation, lines in facts.items():
+            write_file(work / "unpacked" / "TREx" / f"{relation}.jsonl", "\n".join(lines.values()).encode())
+        write_file(work / "unpacked" / "relations.jsonl", "\n".join(relations.values()).encode())
+        fetched = _convert(work / "unpacked", None, work / "whole")
+        write_file(work / "whole" / "source.json", json.dumps({"hub": name}, indent=1).encode() + b"\n")
+    return fetched
+
+
+@contextmanager
+def _work_directory(out: Path) -> Iterator[Path]:
+    """A hidden directory beside `out`, whose part `whole` becomes `out` when everything went well.
+
+    Raises:
+        UsageError: `out` exists.
+        MegapromptError: it cannot be written.
+    """
+    if out.exists():
+        raise UsageError(f"--out {out} exists; choose another directory, or remove it to fetch the data again")
+    work = out.parent / f".{out.name}.partial"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        for leftover in ("unpacked", "whole"):
+            shutil.rmtree(work / leftover, ignore_errors=True)
+        yield work
+        (work / "whole").rename(out)
     except OSError as error:
         raise MegapromptError(f"cannot write {work} ({error.strerror}); free space or change --out") from error
     shutil.rmtree(work, ignore_errors=True)
-    return fetched
 
 
 # --------------------------------------------------------------------------------------------------------- downloading

@@ -7,6 +7,7 @@ import tarfile
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -370,3 +371,52 @@ def test_out_cannot_be_made(server, tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError, match="exists"):
         fetch(SOURCES["lama"], tmp_path / "there")
+
+
+# ------------------------------------------------------------------------------------------------------- the model hub
+
+
+@pytest.fixture
+def hub(tmp_path) -> Path:
+    """A data set with the columns of facebook/lama, as `datasets` loads it: a row for each sentence."""
+    from datasets import Dataset
+
+    fact = {
+        "predicate_id": "P36", "uuid": "1", "sub_uri": "Q35", "sub_label": "Denmark", "obj_uri": "Q1748",
+        "obj_label": "Copenhagen", "masked_sentence": "long", "template": "The capital of [X] is [Y] .",
+        "label": "capital", "type": "1-1",
+    }  # fmt: skip
+    other = {**fact, "uuid": "2", "sub_label": "Åland"}
+    third = {**fact, "predicate_id": "P30", "uuid": "3", "obj_label": "Europe", "template": "[X] is in [Y] ."}
+    path = tmp_path / "hub"
+    (path / "trex").mkdir(parents=True)
+    Dataset.from_list([fact, {**fact, "masked_sentence": "another"}, third, other]).to_parquet(
+        path / "trex" / "0.parquet"
+    )
+    (path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: trex\n  data_files:\n  - split: train\n    path: trex/*.parquet\n---\n"
+    )
+    return path
+
+
+def test_lama_from_the_model_hub(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "lama"
+    assert main(["data", "fetch", "lama", "--hub", str(hub), "--out", str(out)]) == 0
+    assert "2 relations: 0 train, 0 dev, 3 test facts" in capsys.readouterr().out
+    data = load_data(str(out))
+    assert [(fact.subject, fact.object) for fact in data.relations["P36"].facts["test"]] == [
+        ("Denmark", "Copenhagen"),
+        ("Åland", "Copenhagen"),
+    ]
+    assert data.relations["P30"].template == "[X] is in [Y] ."
+    assert json.loads((out / "source.json").read_text()) == {"hub": str(hub)}
+    assert main(["data", "fetch", "lama", "--hub", str(hub), "--out", str(out)]) == 2
+
+
+def test_what_the_hub_does_not_have(hub, tmp_path, capsys):
+    (hub / "trex" / "0.parquet").unlink()
+    assert main(["data", "fetch", "lama", "--hub", str(hub), "--out", str(tmp_path / "lama")]) == 1
+    assert f"--hub {hub}: " in capsys.readouterr().err
+    assert not (tmp_path / "lama").exists()
+    assert main(["data", "fetch", "p-tuning-lama", "--hub", str(hub)]) == 2
