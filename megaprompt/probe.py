@@ -251,6 +251,8 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         )
     job = _Job(config, world, run, deepspeed, backbone, vocabulary, relations, results, status)
     del backbone  # a job that fine-tunes lets go of it
+    for name in relations if {"manual", "manual+fine-tuning"} & set(config.methods) else ():
+        job.manual_template(name)  # a missing one is told before anything is computed
     if "manual" in config.methods and "manual" not in results["methods"]:
         job.manual()
     if "p-tuning" in config.methods and "p-tuning" not in results["methods"]:

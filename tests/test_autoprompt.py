@@ -190,7 +190,7 @@ def test_a_signal_stops_between_relations_and_the_next_start_goes_on_there(confi
 @pytest.mark.parametrize("more", [(), ("--deepspeed", CONFIGS / "zero3.json")], ids=["plain", "zero3"])
 def test_ranks_find_the_same_tokens(config, tmp_path, more):
     options = ("probe", "--backbone", config.backbone, "--data", config.data, "--methods", "autoprompt")
-    options += ("--autoprompt-steps", 6)
+    options += ("--autoprompt-steps", 3)
     for name, launcher in (("one", {}), ("two", {"launcher": torchrun(2)})):
         done = run_cli(*options, *(more if launcher else ()), "--out", tmp_path / name, **launcher)
         assert done.returncode == 0, done.stderr
