@@ -97,7 +97,7 @@ class ProbeConfig:
     """DeepSpeed configuration (see ds_configs/): shard the backbone over the ranks. Plain PyTorch if not given."""
     relation_groups: int = 1
     """Divide the ranks into so many groups, each of which trains some of the relations. Does not change results."""
-    row_tokens: int = PassSize().row_tokens
+    row_tokens: int = 256
     """Width of packed rows. Changes speed and memory, not results."""
     pass_tokens: int = PassSize().pass_tokens
     """Tokens that the backbone computes at once on each rank. Changes speed and memory, not results."""
@@ -269,7 +269,7 @@ class PlanConfig:
     """Its pseudo tokens count. The paper's if not given, as for `megaprompt probe`."""
     encoder: EncoderKind = "lstm"
     """Prompt encoder: lstm, mlp, or none."""
-    row_tokens: int = PassSize().row_tokens
+    row_tokens: int = 256
     """Width of packed rows."""
     pass_tokens: int = PassSize().pass_tokens
     """Tokens that the backbone computes at once on each rank."""

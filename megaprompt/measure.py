@@ -114,7 +114,7 @@ def _model(case: Case, settings: DeepSpeedSettings, world: World) -> PackedModel
     dtype, trainable = getattr(torch, case.dtype), case.method == "fine-tuning"
     config = shape_of(case.backbone)
     if settings.sharding is None:
-        model = language_model(config).from_config(config, dtype=dtype, attn_implementation="sdpa").to(world.device)
+        model = language_model(config).from_config(config, dtype=dtype).to(world.device)
         return PackedModel(model, trainable)
     model = PackedModel(new_sharded(config, dtype, settings.sharding), trainable)
     if not trainable:

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, PreTraine
 from megaprompt.backbone.megatron import FairseqMegatronConfig
 from megaprompt.backbone.packed import PackedModel, language_model
 from megaprompt.errors import UsageError
-from megaprompt.packing import PackedBatch, PassSize, pack, split_into_passes
+from megaprompt.packing import PassSize, pack, split_into_passes
 from megaprompt.prompt_encoder import EncoderKind, PromptEncoder
 from megaprompt.template import Query
 
@@ -170,7 +170,7 @@ def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Pro
 
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         try:
-            inner = language_model(config).from_config(config, dtype=dtype, attn_implementation="sdpa")
+            inner = language_model(config).from_config(config, dtype=dtype)
         except ValueError as error:
             raise UsageError(f"--backbone: no language model ({str(error).splitlines()[0]})") from error
         model = PackedModel(inner, trainable)
@@ -181,10 +181,10 @@ def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Pro
         for parameter in parameters:
             if trainable:  # ZeRO-3 hands gradients on as they come
                 parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-        inputs = PackedBatch(*(fake.from_tensor(getattr(batch, name)) for name in batch.__dataclass_fields__))
+        inputs = batch.map(fake.from_tensor)
         prompts = None if trainable else torch.zeros(6 * work.relations, model.hidden_size, requires_grad=True)
         gold = torch.zeros(len(queries), dtype=torch.int64)
-        known = [*parameters, *model.buffers(), *(getattr(inputs, name) for name in batch.__dataclass_fields__)]
+        known = [*parameters, *model.buffers(), *filter(torch.is_tensor, vars(inputs).values())]
         with FlopCounterMode(display=False) as flops, _Allocations(known) as allocations:
             rows = model(inputs, prompts).index_select(0, inputs.target_of_query)
             cross_entropy(rows.float(), gold).backward()

@@ -20,11 +20,14 @@ Under bidirectional attention the state of a token depends on all others, and on
 stand side by side, each visible to itself alone: the same two numbers describe a block-diagonal mask.
 
 Queries are sorted, so that the tree is built by comparing each query with the one before it.
+
+Models that have their own idea of masks and positions (relative positions, ALiBi, recurrence) get a row for each query
+and the padding's mask, nothing else: `row_tokens=None`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +39,8 @@ from megaprompt.template import Query
 @dataclass(frozen=True)
 class PackedBatch:
     """What the backbone computes in one pass. R rows of T positions, N distinct targets, Q queries, S pseudo tokens."""
+
+    one_by_one: bool  # a row for each query: the model's own positions and, but for the padding, its own mask
 
     token_ids: Tensor  # [R, T] int64; 0 where there is a pseudo token or padding
     position_ids: Tensor  # [R, T] int64; depth in the tree
@@ -52,9 +57,19 @@ class PackedBatch:
         query = position[:, None]
         return ((self.visible_from[:, None, :] <= query) & (query < self.visible_until[:, None, :]))[:, None]
 
+    def padding_mask(self) -> Tensor:
+        """[R, T] int64: 1 where there is a token, of rows with one query each."""
+        position = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        return (position < self.visible_until[:, :1]).long()
+
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
-        return PackedBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The same batch with its tensors changed."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return PackedBatch(self.one_by_one, **{name: change(value) for name, value in tensors.items()})
 
 
 class _Row:
@@ -104,7 +119,8 @@ class _Row:
 def _fill_rows(queries: Sequence[Query], order: Sequence[int], row_tokens: int) -> list[_Row]:
     rows: list[_Row] = []
     for index in order:
-        if not rows or (len(rows[-1].tokens) + rows[-1].cost(queries[index]) > row_tokens and rows[-1].tokens):
+        cost = rows[-1].cost(queries[index]) if rows else 0
+        if not rows or (cost and len(rows[-1].tokens) + cost > row_tokens):
             rows.append(_Row())
         rows[-1].add(index, queries[index])
     return rows
@@ -112,9 +128,10 @@ def _fill_rows(queries: Sequence[Query], order: Sequence[int], row_tokens: int) 
 
 @dataclass(frozen=True)
 class PassSize:
-    """How much one pass computes: rows of at most `row_tokens`, in all at most about `pass_tokens`."""
+    """How much one pass computes: rows of at most `row_tokens` (None: of one query each), in all at most about
+    `pass_tokens`."""
 
-    row_tokens: int = 256
+    row_tokens: int | None = 256
     pass_tokens: int = 1024
 
 
@@ -124,6 +141,13 @@ def split_into_passes(queries: Sequence[Query], size: PassSize) -> list[list[int
     Returns the indices of the queries of each pass, sorted so that common prefixes meet. A query longer than a row gets
     a row of its own.
     """
+    if size.row_tokens is None:
+        passes: list[list[int]] = []
+        for i in sorted(range(len(queries)), key=lambda i: len(queries[i].tokens)):  # the last is the longest
+            if not passes or (len(passes[-1]) + 1) * len(queries[i].tokens) > size.pass_tokens:
+                passes.append([])
+            passes[-1].append(i)
+        return passes
     order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
     rows = _fill_rows(queries, order, size.row_tokens)
     rows_per_pass = max(1, size.pass_tokens // size.row_tokens)
@@ -133,16 +157,17 @@ def split_into_passes(queries: Sequence[Query], size: PassSize) -> list[list[int
     ]
 
 
-def pack(queries: Sequence[Query], row_tokens: int) -> PackedBatch:
-    """Pack queries into rows of at most `row_tokens` positions (more only for a single longer query).
+def pack(queries: Sequence[Query], row_tokens: int | None) -> PackedBatch:
+    """Pack queries into rows of at most `row_tokens` positions (more only for a single longer query), or, if that is
+    None, of one query each.
 
     Pseudo tokens are negative: -1-k stands for row k of the prompt matrix. The order of the queries is kept in
     `target_of_query`. An empty list gives a batch of one padding token and no targets, which a rank without work uses
     to take part in a collective pass.
     """
     order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
-    rows = _fill_rows(queries, order, row_tokens) or [_Row()]
-    if len(rows) > 1:
+    rows = _fill_rows(queries, order, row_tokens or 0) or [_Row()]
+    if len(rows) > 1 and row_tokens is not None:
         # Even rows: with as many rows as needed, the smallest width that holds everything leaves the least padding.
         low, high = max(len(q.tokens) for q in queries), max(len(row.tokens) for row in rows)
         while low < high:
@@ -171,6 +196,7 @@ def pack(queries: Sequence[Query], row_tokens: int) -> PackedBatch:
         for query, position in row.ends:
             target_of_query[query] = targets.setdefault(r * width + position, len(targets))
     return PackedBatch(
+        one_by_one=row_tokens is None,
         token_ids=torch.tensor(token_ids),
         position_ids=torch.tensor(position_ids),
         visible_from=torch.tensor(visible_from),

@@ -213,7 +213,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
     if fine_tuning:
         _check_fine_tuning(config, deepspeed)
     backbone = load_backbone(config.backbone, dtype, world.device, deepspeed.sharding)
-    backbone.check_packing()
+    size = backbone.exact_size(PassSize(config.row_tokens, config.pass_tokens))
     vocabulary = load_vocabulary(config.vocab, data, backbone)
     template = Template.parse(config.template or default_template(backbone.causal))
     template.render("subject", backbone.text_encoder())  # finds a template that does not suit the backbone
@@ -249,7 +249,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         raise MegapromptError(
             f"--resume: the weights of {backbone.name} are not those that {run.path} was started with"
         )
-    job = _Job(config, world, run, deepspeed, backbone, vocabulary, relations, results, status)
+    job = _Job(config, world, run, deepspeed, backbone, vocabulary, relations, results, status, size)
     del backbone  # a job that fine-tunes lets go of it
     for name in relations if {"manual", "manual+fine-tuning"} & set(config.methods) else ():
         job.manual_template(name)  # a missing one is told before anything is computed
@@ -306,10 +306,7 @@ class _Job:
     relations: dict[str, UsableRelation]
     results: dict[str, Any]
     status: ProgressFile
-
-    @property
-    def size(self) -> PassSize:
-        return PassSize(self.config.row_tokens, self.config.pass_tokens)
+    size: PassSize
 
     def save(self, report: bool = True) -> None:
         """Write the results so far, and the report."""
@@ -802,7 +799,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         limit=config.limit_facts,
         seed=config.seed,
     )
-    rows = {}
+    rows, size = {}, backbone.exact_size(PassSize())
     with progress("evaluate", sum(len(r.facts[config.split]) for r in relations.values())) as update:
         done = 0
         for name, usable in relations.items():
@@ -816,7 +813,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 vectors,
                 allowed=vocabulary.allowed,
                 world=World(device=backbone.device),
-                size=PassSize(),
+                size=size,
             )
             rows[name] = {
                 "label": usable.relation.label,
@@ -854,7 +851,7 @@ def ask(config: AskConfig) -> list[tuple[str, float]]:
         prompt.vectors.to(backbone.device),
         allowed=torch.ones(backbone.vocabulary_size, dtype=torch.bool),
         world=World(device=backbone.device),
-        size=PassSize(),
+        size=backbone.exact_size(PassSize()),
         top=config.top,
     )
     answers = [backbone.text_of(token) for token in found.top_tokens[0].tolist()]

@@ -18,6 +18,7 @@ from transformers import (
     DebertaV2Config,
     EsmConfig,
     FlaubertConfig,
+    MPNetConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -168,33 +169,62 @@ def test_the_whole_job(directory, data_directory, tmp_path):
     assert results["methods"]["p-tuning"]["relations"]["P36"]["template"] == DEFAULT_MASKED
     backbone = load_backbone(str(directory))
     assert not backbone.causal
-    backbone.check_packing()
+    assert backbone.exact_size(PassSize()) == PassSize()
 
 
 def test_a_model_that_ignores_masks_is_refused(make_backbone, monkeypatch):
-    backbone = make_backbone("bert")
+    backbone = make_backbone("bert")  # which sees the padding, too
     forward = backbone.model.forward
     monkeypatch.setattr(backbone.model, "forward", lambda **inputs: forward(**{**inputs, "attention_mask": None}))
-    with pytest.raises(MegapromptError, match="computes packed queries wrongly"):
-        backbone.check_packing()
+    with pytest.raises(MegapromptError, match="does not compute queries exactly"):
+        backbone.exact_size(PassSize())
 
 
-@pytest.mark.parametrize(
-    ("config", "more"),
-    [
-        (EsmConfig, {}),  # its positions begin behind that of the padding
-        (DebertaV2Config, {"relative_attention": True}),
-        (BartConfig, {}),  # wants a text for its decoder
-        (XLMConfig, {"emb_dim": 32, "n_heads": 4}),
-    ],
-)
-def test_other_models_are_refused(tokenizer, config, more):
+RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+OTHERS = {  # with the row_tokens that come out
+    "deberta": (DebertaV2Config, RELATIVE, None),
+    "xlm": (XLMConfig, {"emb_dim": 32, "n_layers": 2, "n_heads": 4}, None),
+    "mpnet": (MPNetConfig, {}, 64),  # without PyTorch's fused attention
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_are_computed_exactly(tokenizer, data_directory, tmp_path, kind):
     torch.manual_seed(0)
+    config, more, row_tokens = OTHERS[kind]
     made = config(**SMALL | more, vocab_size=len(tokenizer))
     assert language_model(made) is AutoModelForMaskedLM
-    backbone = Backbone(AutoModelForMaskedLM.from_config(made), tokenizer, "other")
-    with pytest.raises(MegapromptError, match=r"backbone other .* packed queries.*; it needs a transformer that takes"):
-        backbone.check_packing()
+    AutoModelForMaskedLM.from_config(made).save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    backbone = load_backbone(str(tmp_path / kind), torch.float64)
+    size = backbone.exact_size(PassSize(64, 64))
+    assert size == PassSize(row_tokens, 64)
+    template = Template.parse("<1> [X] capital <2>[Y] .")
+    queries = [template.render(subject, backbone.text_encoder()) for subject, _ in PAIRS["P36"]]
+    prompts = torch.randn(3, backbone.hidden_size, dtype=torch.float64)
+    batch = pack(queries, row_tokens)
+    found = backbone(batch, prompts)[batch.target_of_query]
+    for query, logits in zip(queries, found, strict=True):
+        ids = torch.tensor(query.tokens)
+        embeddings = backbone.model.get_input_embeddings()(ids.clamp(min=0))
+        embeddings = torch.where((ids < 0)[:, None], prompts[(-1 - ids).clamp(min=0)], embeddings)
+        expected = backbone.model(inputs_embeds=embeddings[None]).logits[0, query.target]
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+    config = ProbeConfig(
+        backbone=str(tmp_path / kind), data=str(data_directory), methods=("manual", "p-tuning"), learning_rate=0.01,
+        max_epochs=10, out=tmp_path / "run",
+    )  # fmt: skip
+    macro = {name: method["macro"]["mrr"] for name, method in probe(config)["methods"].items()}
+    assert macro["p-tuning"] > macro["manual"]
+
+
+@pytest.mark.parametrize("config", [BartConfig, EsmConfig])  # wants a text for its decoder; rescales masked texts
+def test_other_models_are_refused(tokenizer, config):
+    torch.manual_seed(0)
+    made = AutoModelForMaskedLM.from_config(config(**SMALL, vocab_size=len(tokenizer)))
+    with pytest.raises(MegapromptError, match=r"backbone other .* does not compute queries exactly"):
+        Backbone(made, tokenizer, "other").exact_size(PassSize())
 
 
 @pytest.mark.parametrize("name", ["XLMWithLMHeadModel", "FlaubertWithLMHeadModel", "BertForMaskedLM", "BertModel"])

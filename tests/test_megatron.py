@@ -13,7 +13,7 @@ from megaprompt import fairseq_bridge
 from megaprompt.backbone import load_backbone
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.fairseq_bridge import convert, convert_back
-from megaprompt.packing import pack
+from megaprompt.packing import PassSize, pack
 from megaprompt.template import Query
 from tests.megatron_parts import WORDS, plain_logits, random_model, write_checkpoint, write_dictionaries
 
@@ -62,7 +62,7 @@ def test_merged_parts_are_the_described_model(checkpoint, tmp_path, parts, zip_f
 def test_packing_is_exact(checkpoint, tmp_path):
     convert(checkpoint()[0], tmp_path / "out")
     backbone = load_backbone(str(tmp_path / "out"), torch.float64)
-    backbone.check_packing()
+    assert backbone.exact_size(PassSize(32, 64)) == PassSize(32, 64)
     queries = [Query(tokens, len(tokens) - 1) for tokens in ((-1, -2, 7, 8), (-1, -2, 7, 9, 10), (-1, -2, 11))]
     prompts = torch.randn(2, 32, dtype=torch.float64, requires_grad=True)
     batch = pack(queries, 64)

@@ -5,10 +5,14 @@ import random
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2Config, MambaConfig
 
+from megaprompt.backbone import Backbone
+from megaprompt.errors import MegapromptError
 from megaprompt.packing import PassSize, pack, split_into_passes
 from megaprompt.prompt_encoder import PromptEncoder
-from megaprompt.template import Query
+from megaprompt.template import Query, Template
+from tests.conftest import PAIRS
 
 WORDS = range(20, 30)
 
@@ -120,12 +124,83 @@ def test_model_head_sees_targets_only(make_backbone):
     assert shapes == [(2, backbone.hidden_size)]
 
 
-def test_packing_check_finds_a_model_that_ignores_the_mask(make_backbone):
-    from megaprompt.errors import MegapromptError
+def test_a_row_for_each_query():
+    queries = [Query((5, -1, 7), 2), Query((5, -1), 1), Query((5, -1, 7), 2), Query((6, 7, 8, 9), 3)]
+    batch = pack(queries, None)
+    assert batch.token_ids.tolist() == [[5, 0, 0, 0], [5, 0, 7, 0], [6, 7, 8, 9]]
+    assert batch.padding_mask().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch.targets[batch.target_of_query].tolist() == [6, 1, 6, 11]
+    assert batch.pseudo_positions.tolist() == [1, 5]
+    assert pack([], None).padding_mask().shape == (1, 1)
+    passes = split_into_passes(queries, PassSize(None, 8))
+    assert passes == [[1, 0], [2, 3]]
+    assert sorted(i for part in split_into_passes(queries, PassSize(None, 1)) for i in part) == [0, 1, 2, 3]
 
+
+CAUSAL = {
+    "gpt2": (GPT2Config(n_layer=2, n_head=4, n_embd=32, n_positions=64), 64),
+    "gemma2": (
+        Gemma2Config(
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_size=32,
+            intermediate_size=64, attn_logit_softcapping=5.0,
+        ),
+        64,
+    ),
+    "bloom": (BloomConfig(n_layer=2, n_head=4, hidden_size=32), None),  # ALiBi
+    "mamba": (MambaConfig(num_hidden_layers=2, hidden_size=32), None),  # recurrent
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_every_kind_of_causal_model_is_computed_exactly(tokenizer, kind):
+    """Packed where that is exact, else one by one; against transformers' own forward, in double precision."""
+    config, row_tokens = CAUSAL[kind]
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
+    backbone = Backbone(AutoModelForCausalLM.from_config(config).double(), tokenizer, kind)
+    size = backbone.exact_size(PassSize(64, 64))
+    assert size == PassSize(row_tokens, 64)
+    template, encoder = Template.parse("<2>[X] is<1>[Y]"), backbone.text_encoder()
+    queries = [template.render(subject, encoder) for subject, _ in PAIRS["P36"]]
+    prompts = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
+    found = [torch.zeros(0)] * len(queries)
+    for part in split_into_passes(queries, size):
+        batch = pack([queries[i] for i in part], size.row_tokens)
+        for i, logits in zip(part, backbone(batch, prompts)[batch.target_of_query], strict=True):
+            found[i] = logits
+    plain = []
+    for query in queries:
+        ids = torch.tensor(query.tokens)
+        embeddings = backbone.model.get_input_embeddings()(ids.clamp(min=0))
+        embeddings = torch.where((ids < 0)[:, None], prompts[(-1 - ids).clamp(min=0)], embeddings)
+        plain.append(backbone.model(inputs_embeds=embeddings[None], use_cache=False).logits[0, -1])
+    weights = torch.randn(len(queries), len(plain[0]), dtype=torch.float64)
+    gradients = [torch.autograd.grad((torch.stack(x) * weights).sum(), prompts)[0] for x in (found, plain)]
+    # Some round to single precision inside: norms, scores, ALiBi's slopes.
+    tolerance = 1e-10 if kind == "gpt2" else 1e-5
+    torch.testing.assert_close(torch.stack(found), torch.stack(plain), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+
+
+def test_a_model_that_ignores_the_mask_gets_rows_of_one_query(make_backbone, caplog):
     backbone = make_backbone("gpt2")
-    backbone.check_packing()
+    assert backbone.exact_size(PassSize()) == PassSize()
+    assert not caplog.records
     forward = backbone.model.forward
-    backbone.model.forward = lambda **inputs: forward(**{**inputs, "attention_mask": None})
-    with pytest.raises(MegapromptError, match="packed queries wrongly"):
-        backbone.check_packing()
+
+    def without_mask(**inputs):
+        return forward(**{**inputs, "attention_mask": None})
+
+    backbone.model.forward = without_mask
+    assert backbone.exact_size(PassSize()) == PassSize(None)
+    assert "gpt2 (gpt2) does not compute packed queries exactly (relative error" in caplog.text
+
+
+def test_a_model_that_cannot_be_given_vectors_is_refused(make_backbone):
+    backbone = make_backbone("gpt2")
+    forward = backbone.model.forward
+    backbone.model.forward = lambda input_ids: forward(input_ids)
+    with pytest.raises(
+        MegapromptError, match=r"backbone gpt2 \(gpt2\) does not compute queries exactly .*inputs_embeds"
+    ):
+        backbone.exact_size(PassSize())

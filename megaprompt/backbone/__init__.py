@@ -64,7 +64,6 @@ def load_backbone(
             model, found = kind.from_pretrained(
                 directory,
                 dtype=dtype,
-                attn_implementation="sdpa",
                 local_files_only=os.path.isdir(directory),
                 output_loading_info=True,
             )

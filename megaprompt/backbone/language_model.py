@@ -1,10 +1,12 @@
-"""Language models as backbones, causal or masked: any of transformers that takes 4D masks and position_ids."""
+"""Language models as backbones, causal or masked."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -15,9 +17,11 @@ from megaprompt.backbone.packed import PackedModel
 from megaprompt.backbone.tokenization import WORD, Tokenization
 from megaprompt.distributed.zero3 import whole
 from megaprompt.errors import MegapromptError
-from megaprompt.packing import pack
+from megaprompt.packing import PassSize, pack
 from megaprompt.prompt_encoder import EmbeddingStatistics
 from megaprompt.template import Query, TextEncoder
+
+logger = logging.getLogger(__name__)
 
 
 class Backbone(PackedModel, Tokenization):
@@ -78,32 +82,42 @@ class Backbone(PackedModel, Tokenization):
     # ----------------------------------------------------------------------------------------------------------- check
 
     @torch.no_grad()
-    def check_packing(self) -> None:
-        """Compute three short queries packed and as transformers computes them one by one, and compare.
+    def exact_size(self, size: PassSize) -> PassSize:
+        """The size of passes that this model computes exactly: `size`, or with a row for each query.
+
+        A few queries are computed packed, and one by one as transformers does of its own accord. Packing is not exact
+        for models that ignore masks or positions, or have their own idea of them (recurrence, ALiBi, relative
+        positions); these get rows of one query. All ranks must call it.
 
         Raises:
-            MegapromptError: the model cannot be given masks and positions, or ignores them (recurrent models, ALiBi),
-                or has its own idea of them, so packing is not exact.
+            MegapromptError: not even that is exact, as with models that cannot be given vectors for tokens.
         """
-        texts = ((11, 12, 13), (11, 12, 14, 15), (11, 16))
+        last = self.text_encoder().mask
+        texts = [(*tokens, 17 if last is None else last) for tokens in ((11, 12), (11, 12, 14), (11,))]
         queries = [Query(tokens, len(tokens) - 1, not self.causal) for tokens in texts]
-        batch = pack(queries, row_tokens=64).to(self.device)
-        alone = [self(torch.tensor(query.tokens, device=self.device))[query.target] for query in queries]
-        try:
-            together = self(batch)[batch.target_of_query]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a model that does not know these arguments stumbles over
-            reason = f"cannot compute packed queries ({next(iter(str(error).splitlines()), type(error).__name__)})"
-        else:
-            plain = torch.stack(alone).float()
-            difference = (together.float() - plain).norm() / plain.norm()
-            if difference < (0.05 if self.model.dtype in (torch.float16, torch.bfloat16) else 1e-3):
-                return
-            reason = f"computes packed queries wrongly (relative error {difference:.1e})"
+        reasons, about = [], f"{self.name} ({self.model.config.model_type})"
+        for row_tokens in (size.row_tokens, None):
+            try:
+                plain = [
+                    self(torch.tensor(query.tokens, device=self.device))[query.target].float() for query in queries
+                ]
+                batch = pack(queries, row_tokens and 64).to(self.device)
+                found = self(batch)[batch.target_of_query].float()
+                difference = (found - torch.stack(plain)).norm() / torch.stack(plain).norm()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a model that does not know these arguments stumbles over
+                reasons.append(next(iter(str(error).splitlines()), type(error).__name__))
+                continue
+            if difference < (0.05 if self.model.dtype in (torch.float16, torch.bfloat16) else 1e-4):
+                if reasons:
+                    logger.warning("%s does not compute packed queries exactly (%s)", about, reasons[0])
+                    logger.warning("every query gets a row of its own, which is slower")
+                return replace(size, row_tokens=row_tokens)
+            reasons.append(f"relative error {difference:.1e}")
         raise MegapromptError(
-            f"backbone {self.name} ({self.model.config.model_type}) {reason}; it needs a transformer that takes 4D "
-            f"attention masks and position_ids"
+            f"backbone {about} does not compute queries exactly ({reasons[-1]}); give a causal or masked model of "
+            f"transformers that takes inputs_embeds and attention_mask"
         )
 
 

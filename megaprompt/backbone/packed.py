@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ class PackedModel(nn.Module):
     """A language model without dropout, called on packed batches; gives the logits at their targets.
 
     Args:
-        model: with a language model head, and a forward that takes `inputs_embeds`, 4D masks and `position_ids`.
+        model: with a language model head, and a forward that takes `inputs_embeds` and `attention_mask`; for rows with
+            many queries also 4D masks and `position_ids`.
         trainable: whether the model's own parameters get gradients.
     """
 
@@ -75,17 +76,22 @@ class PackedModel(nn.Module):
         if prompts is not None:  # even where there are none to place: an empty pass must run backward with the others
             vectors = prompts.index_select(0, batch.pseudo_indices).to(embeddings.dtype)
             embeddings = embeddings.flatten(0, 1).index_copy(0, batch.pseudo_positions, vectors).view_as(embeddings)
+        inputs: dict[str, Any] = {"use_cache": False} if self.causal else {}
+        if batch.one_by_one:
+            inputs |= {"attention_mask": batch.padding_mask()}
+        else:
+            positions = batch.position_ids + self._first_position
+            mask = batch.attention_mask()
+            if self.model.config._attn_implementation == "eager":  # which adds it to the scores
+                mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(
+                    ~mask, torch.finfo(self.model.dtype).min
+                )
+            inputs |= {"attention_mask": mask, "position_ids": positions}
         self._targets = batch.targets
         try:
-            output = self.model(
-                inputs_embeds=embeddings,
-                attention_mask=batch.attention_mask(),
-                position_ids=batch.position_ids + self._first_position,
-                **({"use_cache": False} if self.causal else {}),
-            )
+            return self.model(inputs_embeds=embeddings, **inputs).logits
         finally:
             self._targets = None
-        return output.logits
 
 
 def _first_position(model: PreTrainedModel) -> int:

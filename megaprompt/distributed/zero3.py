@@ -171,12 +171,11 @@ def new_sharded(model_config: PreTrainedConfig, dtype: torch.dtype, config: dict
     build_operators(config)
     _return_freed_memory()
     kind = language_model(model_config)
-    options = {"dtype": dtype, "attn_implementation": "sdpa"}
     with init_empty_weights(include_buffers=False):
-        empty = kind.from_config(model_config, **options)
+        empty = kind.from_config(model_config, dtype=dtype)
     _check_swap_space(empty, config)
     with deepspeed.zero.Init(config_dict_or_path=config | _SECTIONS[dtype]):
-        model = kind.from_config(model_config, **options)
+        model = kind.from_config(model_config, dtype=dtype)
     model.tie_weights()
     # Within zero.Init buffers (rotary frequencies) come out in the parameters' precision, which is not what they need.
     for (_, buffer), (_, exact) in zip(model.named_buffers(), empty.named_buffers(), strict=True):
