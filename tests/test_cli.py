@@ -212,8 +212,8 @@ def test_fingerprint_survives_half_precision(make_backbone):
 
 def test_interrupted_run_resumes_to_the_same_result(backbone_directory, data_directory, tmp_path):
     """Ctrl-C in the middle of training, for real; then --resume without any other option."""
-    options = ["--backbone", backbone_directory, "--data", data_directory, "--learning-rate", 0.01, "--max-epochs", 400]
-    options += ["--patience", 400]
+    options = ["--backbone", backbone_directory, "--data", data_directory, "--learning-rate", 0.01, "--max-epochs", 200]
+    options += ["--patience", 200]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run_cli("probe", *options, "--out", whole).returncode == 0
     command = [sys.executable, "-m", "megaprompt", "probe", *map(str, options), "--out", str(broken)]
