@@ -17,7 +17,7 @@ import yaml
 from megaprompt.autoprompt import Search
 from megaprompt.errors import UsageError
 from megaprompt.facts import Split
-from megaprompt.packing import PassSize
+from megaprompt.packing import ROW_TOKENS, PassSize
 from megaprompt.prompt_encoder import EncoderKind
 from megaprompt.training import RECIPES, Recipe
 
@@ -97,7 +97,7 @@ class ProbeConfig:
     """DeepSpeed configuration (see ds_configs/): shard the backbone over the ranks. Plain PyTorch if not given."""
     relation_groups: int = 1
     """Divide the ranks into so many groups, each of which trains some of the relations. Does not change results."""
-    row_tokens: int = 256
+    row_tokens: int = ROW_TOKENS
     """Width of packed rows. Changes speed and memory, not results."""
     pass_tokens: int = PassSize().pass_tokens
     """Tokens that the backbone computes at once on each rank. Changes speed and memory, not results."""
@@ -269,7 +269,7 @@ class PlanConfig:
     """Its pseudo tokens count. The paper's if not given, as for `megaprompt probe`."""
     encoder: EncoderKind = "lstm"
     """Prompt encoder: lstm, mlp, or none."""
-    row_tokens: int = 256
+    row_tokens: int = ROW_TOKENS
     """Width of packed rows."""
     pass_tokens: int = PassSize().pass_tokens
     """Tokens that the backbone computes at once on each rank."""

@@ -11,3 +11,8 @@ class UsageError(MegapromptError):
     """An option or a combination of options that cannot work."""
 
     exit_code = 2
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another package has to say, on the one line that a message has for it."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from megaprompt.backbone.megatron import FairseqMegatronConfig, FairseqMegatronForCausalLM, FairseqMegatronTokenizer
-from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.errors import MegapromptError, UsageError, first_line
 from megaprompt.progress import progress
 from megaprompt.run_directory import write_file
 
@@ -102,9 +102,7 @@ def _load_part(path: Path) -> dict[str, Any]:
                     raise MegapromptError(
                         f"{path}: refused, it holds more than tensors and options, maybe code ({reason.strip()})"
                     ) from error
-                raise MegapromptError(
-                    f"{path}: cannot be read ({str(error).splitlines()[0]}); fetch it again"
-                ) from error
+                raise MegapromptError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from error
     if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
         raise MegapromptError(f"{path}: is no fairseq checkpoint (no `model` in it)")
     return found

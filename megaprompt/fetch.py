@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import requests
 import urllib3
 
-from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.errors import MegapromptError, UsageError, first_line
 from megaprompt.facts import SPLITS, Split, fact_files, read_jsonl, read_vocabulary
 from megaprompt.progress import progress
 from megaprompt.run_directory import write_file
@@ -132,17 +132,18 @@ def fetch_from_hub(name: str, out: Path) -> Fetched:
             rows = load_dataset(name, "trex", split="train", revision="refs/convert/parquet")
             rows = rows.select_columns(["predicate_id", *wanted, *about])
         except Exception as error:  # of many kinds, from several packages
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise MegapromptError(
-                f"--hub {name}: {reason}; leave --hub out for the archive of LAMA's authors"
+                f"--hub {name}: {first_line(error)}; leave --hub out for the archive of LAMA's authors"
             ) from error
         facts: dict[str, dict[str, str]] = {}
         relations: dict[str, str] = {}
         for row in rows:
-            relation = row["predicate_id"]
-            line = json.dumps({key: row[key] for key in wanted}, ensure_ascii=False)
-            facts.setdefault(relation, {}).setdefault(row["uuid"], line)
-            relations.setdefault(relation, json.dumps({"relation": relation, **{key: row[key] for key in about}}))
+            relation, fact = row["predicate_id"], row["uuid"]
+            if relation not in relations:
+                relations[relation] = json.dumps({"relation": relation, **{key: row[key] for key in about}})
+                facts[relation] = {}
+            if fact not in facts[relation]:  # else it is another sentence that states it
+                facts[relation][fact] = json.dumps({key: row[key] for key in wanted}, ensure_ascii=False)
         for relation, lines in facts.items():
             write_file(work / "unpacked" / "TREx" / f"{relation}.jsonl", "\n".join(lines.values()).encode())
         write_file(work / "unpacked" / "relations.jsonl", "\n".join(relations.values()).encode())

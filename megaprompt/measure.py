@@ -34,7 +34,7 @@ from megaprompt.backbone.packed import PackedModel, language_model
 from megaprompt.config import MemoryConfig
 from megaprompt.distributed.launch import World, joined_world
 from megaprompt.distributed.zero3 import DeepSpeedSettings, build_operators, new_sharded, read_deepspeed_config, shard
-from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.errors import MegapromptError, UsageError, first_line
 from megaprompt.fine_tuning import FineTuner
 from megaprompt.memory import Job, Method, Profile, Workload, predict, profile, shape_of
 from megaprompt.packing import PassSize
@@ -215,7 +215,7 @@ def main(case_file: str, result_file: str) -> None:
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) and "allocate" not in str(error):
                 raise
-            out_of_memory.write_text(json.dumps({"error": str(error).splitlines()[0]}))
+            out_of_memory.write_text(json.dumps({"error": first_line(error)}))
             os._exit(OUT_OF_MEMORY)  # the other ranks wait in vain; the launcher ends them
         ranks = world.gather(found)
         if world.is_main:

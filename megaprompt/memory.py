@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, PreTraine
 
 from megaprompt.backbone.megatron import FairseqMegatronConfig
 from megaprompt.backbone.packed import PackedModel, language_model
-from megaprompt.errors import UsageError
+from megaprompt.errors import UsageError, first_line
 from megaprompt.packing import PassSize, pack, split_into_passes
 from megaprompt.prompt_encoder import EncoderKind, PromptEncoder
 from megaprompt.template import Query
@@ -172,7 +172,7 @@ def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Pro
         try:
             inner = language_model(config).from_config(config, dtype=dtype)
         except ValueError as error:
-            raise UsageError(f"--backbone: no language model ({str(error).splitlines()[0]})") from error
+            raise UsageError(f"--backbone: no language model ({first_line(error)})") from error
         model = PackedModel(inner, trainable)
         parameters = {parameter: i for i, parameter in enumerate(model.parameters())}
         for module in model.modules():

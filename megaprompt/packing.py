@@ -126,12 +126,16 @@ def _fill_rows(queries: Sequence[Query], order: Sequence[int], row_tokens: int) 
     return rows
 
 
+ROW_TOKENS = 256
+"""How wide rows are where nobody says."""
+
+
 @dataclass(frozen=True)
 class PassSize:
     """How much one pass computes: rows of at most `row_tokens` (None: of one query each), in all at most about
     `pass_tokens`."""
 
-    row_tokens: int | None = 256
+    row_tokens: int | None = ROW_TOKENS
     pass_tokens: int = 1024
 
 

@@ -70,6 +70,17 @@ def make_backbone(tokenizer):
     return make
 
 
+def plain_logits(backbone: Backbone, queries, prompts: torch.Tensor) -> torch.Tensor:
+    """No packing, no mask, no position ids: one forward of the transformers model per query."""
+    rows = []
+    for query in queries:
+        ids = torch.tensor(query.tokens)
+        embeddings = backbone.model.get_input_embeddings()(ids.clamp(min=0))
+        embeddings = torch.where((ids < 0)[:, None], prompts[(-1 - ids).clamp(min=0)], embeddings)
+        rows.append(backbone.model(inputs_embeds=embeddings[None]).logits[0, query.target])
+    return torch.stack(rows)
+
+
 @pytest.fixture(scope="session")
 def backbone_directory(tokenizer, tmp_path_factory) -> Path:
     """A transformers directory, as a user has it."""

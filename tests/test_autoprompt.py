@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from megaprompt.autoprompt import Search, candidates_of, filled, losses, promising, search, text_of
 from megaprompt.config import ProbeConfig
@@ -15,7 +16,7 @@ from megaprompt.packing import PassSize
 from megaprompt.probe import _Job, probe
 from megaprompt.template import Template
 from megaprompt.training import Examples, Hooks, Interrupted, Task
-from tests.conftest import PAIRS, TEMPLATES, run_cli
+from tests.conftest import PAIRS, TEMPLATES, plain_logits, run_cli
 from tests.test_distributed import CONFIGS, torchrun
 from tests.test_masked import small_model, word_tokenizer
 
@@ -52,13 +53,7 @@ def test_the_estimate_is_the_slope_of_the_loss(task):
 
 @torch.no_grad()
 def losses_of_vectors(backbone, examples: Examples, vectors):
-    found = []
-    for query, gold in zip(examples.queries, examples.objects, strict=True):
-        ids = torch.tensor(query.tokens)
-        inputs = backbone.model.get_input_embeddings()(ids.clamp(min=0))
-        inputs = torch.where((ids < 0)[:, None], vectors[(-1 - ids).clamp(min=0)], inputs)
-        found.append(-backbone.model(inputs_embeds=inputs[None]).logits[0, -1].log_softmax(0)[gold])
-    return torch.stack(found).mean()
+    return cross_entropy(plain_logits(backbone, examples.queries, vectors), torch.tensor(examples.objects))
 
 
 def test_candidates_are_tried_as_what_they_are(task):

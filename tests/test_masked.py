@@ -34,7 +34,7 @@ from megaprompt.memory import Workload, profile, shape_of
 from megaprompt.packing import PassSize, pack, split_into_passes
 from megaprompt.probe import probe
 from megaprompt.template import DEFAULT_MASKED, Query, Template, TextEncoder
-from tests.conftest import PAIRS, TEMPLATES, run_cli
+from tests.conftest import PAIRS, TEMPLATES, plain_logits, run_cli
 from tests.test_distributed import CONFIGS
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -132,13 +132,7 @@ def test_logits_and_gradients_equal_the_plain_forward(make_backbone, kind, row_t
     weights = torch.randn_like(packed)
     (gradient,) = torch.autograd.grad((packed * weights).sum(), prompts)
 
-    plain = []
-    for query in queries:  # the model's own positions, segments and mask
-        ids = torch.tensor(query.tokens)
-        embeddings = backbone.model.get_input_embeddings()(ids.clamp(min=0))
-        embeddings = torch.where((ids < 0)[:, None], prompts[(-1 - ids).clamp(min=0)], embeddings)
-        plain.append(backbone.model(inputs_embeds=embeddings[None]).logits[0, query.target])
-    plain = torch.stack(plain)
+    plain = plain_logits(backbone, queries, prompts)  # the model's own positions, segments and mask
     (expected,) = torch.autograd.grad((plain * weights).sum(), prompts)
     torch.testing.assert_close(packed, plain, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
@@ -204,12 +198,7 @@ def test_other_architectures_are_computed_exactly(tokenizer, data_directory, tmp
     prompts = torch.randn(3, backbone.hidden_size, dtype=torch.float64)
     batch = pack(queries, row_tokens)
     found = backbone(batch, prompts)[batch.target_of_query]
-    for query, logits in zip(queries, found, strict=True):
-        ids = torch.tensor(query.tokens)
-        embeddings = backbone.model.get_input_embeddings()(ids.clamp(min=0))
-        embeddings = torch.where((ids < 0)[:, None], prompts[(-1 - ids).clamp(min=0)], embeddings)
-        expected = backbone.model(inputs_embeds=embeddings[None]).logits[0, query.target]
-        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, plain_logits(backbone, queries, prompts), rtol=1e-5, atol=1e-5)
 
     config = ProbeConfig(
         backbone=str(tmp_path / kind), data=str(data_directory), methods=("manual", "p-tuning"), learning_rate=0.01,

@@ -12,7 +12,7 @@ from megaprompt.errors import MegapromptError
 from megaprompt.packing import PassSize, pack, split_into_passes
 from megaprompt.prompt_encoder import PromptEncoder
 from megaprompt.template import Query, Template
-from tests.conftest import PAIRS
+from tests.conftest import PAIRS, plain_logits
 
 WORDS = range(20, 30)
 
@@ -29,17 +29,6 @@ def random_queries(seed: int, count: int, pseudo: int = 6, relations: int = 2) -
         queries.append(Query(tuple(tokens), target))
     queries.append(Query((21, 22, 23), 2))  # a manual prompt among them
     return queries
-
-
-def plain_logits(backbone, queries, prompts):
-    """No packing, no mask, no position ids: one forward of the transformers model per query."""
-    embedding = backbone.model.get_input_embeddings().weight
-    rows = []
-    for tokens, target, _ in queries:
-        vectors = torch.stack([embedding[t] if t >= 0 else prompts[-1 - t] for t in tokens])
-        backbone._targets = None
-        rows.append(backbone.model(inputs_embeds=vectors[None]).logits[0, target])
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -166,19 +155,14 @@ def test_every_kind_of_causal_model_is_computed_exactly(tokenizer, kind):
     found = [torch.zeros(0)] * len(queries)
     for part in split_into_passes(queries, size):
         batch = pack([queries[i] for i in part], size.row_tokens)
-        for i, logits in zip(part, backbone(batch, prompts)[batch.target_of_query], strict=True):
-            found[i] = logits
-    plain = []
-    for query in queries:
-        ids = torch.tensor(query.tokens)
-        embeddings = backbone.model.get_input_embeddings()(ids.clamp(min=0))
-        embeddings = torch.where((ids < 0)[:, None], prompts[(-1 - ids).clamp(min=0)], embeddings)
-        plain.append(backbone.model(inputs_embeds=embeddings[None], use_cache=False).logits[0, -1])
-    weights = torch.randn(len(queries), len(plain[0]), dtype=torch.float64)
-    gradients = [torch.autograd.grad((torch.stack(x) * weights).sum(), prompts)[0] for x in (found, plain)]
+        for i, row in zip(part, backbone(batch, prompts)[batch.target_of_query], strict=True):
+            found[i] = row
+    plain = plain_logits(backbone, queries, prompts)
+    logits, weights = torch.stack(found), torch.randn_like(plain)
+    gradients = [torch.autograd.grad((x * weights).sum(), prompts)[0] for x in (logits, plain)]
     # Some round to single precision inside: norms, scores, ALiBi's slopes.
     tolerance = 1e-10 if kind == "gpt2" else 1e-5
-    torch.testing.assert_close(torch.stack(found), torch.stack(plain), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(logits, plain, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
 
 

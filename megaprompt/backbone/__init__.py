@@ -23,7 +23,7 @@ from megaprompt.backbone.language_model import Backbone
 from megaprompt.backbone.packed import language_model
 from megaprompt.backbone.tokenization import Tokenization
 from megaprompt.distributed.zero3 import load_sharded, shard
-from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.errors import MegapromptError, UsageError, first_line
 
 __all__ = ["Backbone", "Tokenization", "dtype_of", "inspect_backbone", "load_backbone", "load_tokenizer", "read_config"]
 
@@ -71,7 +71,7 @@ def load_backbone(
                 raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"--backbone {spec}: cannot be loaded ({_reason(error)}); give {', '.join(_PACKAGED)}, a transformers "
+            f"--backbone {spec}: cannot be loaded ({first_line(error)}); give {', '.join(_PACKAGED)}, a transformers "
             f"directory or hub name of a causal or masked language model, or a .gguf file"
         ) from error
     backbone = Backbone(model, tokenizer, spec, trainable)
@@ -87,11 +87,6 @@ def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what transformers has to say."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def load_tokenizer(spec: str) -> Tokenization:
     """The tokenizer of a backbone, without its weights.
 
@@ -103,7 +98,7 @@ def load_tokenizer(spec: str) -> Tokenization:
     try:
         return Tokenization(AutoTokenizer.from_pretrained(str(Path(path).parent) if gguf else path, **gguf), spec)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"backbone {spec}: its tokenizer cannot be loaded ({_reason(error)})") from error
+        raise UsageError(f"backbone {spec}: its tokenizer cannot be loaded ({first_line(error)})") from error
 
 
 def read_config(spec: str) -> PreTrainedConfig:
@@ -115,7 +110,7 @@ def read_config(spec: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(_resolve(spec))
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--backbone {spec}: cannot be loaded ({_reason(error)})") from error
+        raise UsageError(f"--backbone {spec}: cannot be loaded ({first_line(error)})") from error
 
 
 def inspect_backbone(spec: str) -> tuple[int, str]:
@@ -129,7 +124,7 @@ def inspect_backbone(spec: str) -> tuple[int, str]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--backbone {spec}: cannot be loaded ({_reason(error)})") from error
+        raise UsageError(f"--backbone {spec}: cannot be loaded ({first_line(error)})") from error
     with torch.device("meta"):
         width = cast(nn.Embedding, language_model(config).from_config(config).get_input_embeddings()).embedding_dim
     text = config.get_text_config()

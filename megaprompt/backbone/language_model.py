@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from megaprompt.backbone.packed import PackedModel
 from megaprompt.backbone.tokenization import WORD, Tokenization
 from megaprompt.distributed.zero3 import whole
-from megaprompt.errors import MegapromptError
+from megaprompt.errors import MegapromptError, first_line
 from megaprompt.packing import PassSize, pack
 from megaprompt.prompt_encoder import EmbeddingStatistics
 from megaprompt.template import Query, TextEncoder
@@ -95,21 +95,24 @@ class Backbone(PackedModel, Tokenization):
         last = self.text_encoder().mask
         texts = [(*tokens, 17 if last is None else last) for tokens in ((11, 12), (11, 12, 14), (11,))]
         queries = [Query(tokens, len(tokens) - 1, not self.causal) for tokens in texts]
-        reasons, about = [], f"{self.name} ({self.model.config.model_type})"
+        about = f"{self.name} ({self.model.config.model_type})"
+        tolerance = 0.05 if self.model.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        plain: Tensor | None = None
+        reasons: list[str] = []
         for row_tokens in (size.row_tokens, None):
             try:
-                plain = [
-                    self(torch.tensor(query.tokens, device=self.device))[query.target].float() for query in queries
-                ]
+                if plain is None:
+                    alone = [self(torch.tensor(query.tokens, device=self.device))[query.target] for query in queries]
+                    plain = torch.stack(alone).float()
                 batch = pack(queries, row_tokens and 64).to(self.device)
                 found = self(batch)[batch.target_of_query].float()
-                difference = (found - torch.stack(plain)).norm() / torch.stack(plain).norm()
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a model that does not know these arguments stumbles over
-                reasons.append(next(iter(str(error).splitlines()), type(error).__name__))
+                reasons.append(first_line(error))
                 continue
-            if difference < (0.05 if self.model.dtype in (torch.float16, torch.bfloat16) else 1e-4):
+            difference = (found - plain).norm() / plain.norm()
+            if difference < tolerance:
                 if reasons:
                     logger.warning("%s does not compute packed queries exactly (%s)", about, reasons[0])
                     logger.warning("every query gets a row of its own, which is slower")
