@@ -11,7 +11,7 @@ setup(
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megaprompt", "megaprompt.*"]),
-    package_data={"megaprompt": ["*.jinja", "py.typed"]},
+    package_data={"megaprompt": ["py.typed"], "megaprompt.report": ["*.jinja"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.0",

@@ -40,9 +40,9 @@ from transformers import PreTrainedTokenizerFast
 
 from megaprompt.backbone import Backbone
 from megaprompt.backbone.megatron import FairseqMegatronConfig, FairseqMegatronForCausalLM
-from megaprompt.packing import pack
-from megaprompt.prompt_encoder import PromptEncoder
-from megaprompt.template import Query
+from megaprompt.prompting.packing import pack
+from megaprompt.prompting.prompt_encoder import PromptEncoder
+from megaprompt.prompting.template import Query
 
 PARTS, WIDTH, FFN, HEADS, ROWS, WORDS = 8, 3072, 18432, 32, 51200, 51196
 
@@ -213,7 +213,7 @@ def measured() -> Iterator[Peak]:
 CONVERT = """
 import resource, sys, time
 from pathlib import Path
-from megaprompt.fairseq_bridge import convert
+from megaprompt.backbone.fairseq_bridge import convert
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
 convert(Path(sys.argv[1]), Path(sys.argv[2]), tokenizer=False)

@@ -25,13 +25,15 @@ from throughput import Original, Peft  # the benchmark beside this one
 
 from megaprompt.backbone import load_backbone
 from megaprompt.distributed.launch import World
-from megaprompt.facts import load_data
-from megaprompt.measure import PeakMemory
-from megaprompt.packing import PassSize
-from megaprompt.prompt_encoder import PromptEncoder
-from megaprompt.template import Template
-from megaprompt.training import RECIPES, Examples, Recipe, Task, Trainer
-from megaprompt.usable_facts import load_vocabulary, usable_relations
+from megaprompt.engine.training import Trainer
+from megaprompt.prompting.packing import PassSize
+from megaprompt.prompting.prompt_encoder import PromptEncoder
+from megaprompt.prompting.recipe import RECIPES, Recipe
+from megaprompt.prompting.template import Template
+from megaprompt.resources.measure import PeakMemory
+from megaprompt.tasks.lama.facts import load_data
+from megaprompt.tasks.lama.usable_facts import load_vocabulary, usable_relations
+from megaprompt.tasks.task import Examples, Task
 
 LEARNERS = ("original", "peft", "megaprompt")
 STEPS = 3

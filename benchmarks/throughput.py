@@ -40,13 +40,15 @@ from torch.nn.functional import cross_entropy
 
 from megaprompt.backbone import Backbone, load_backbone
 from megaprompt.distributed.launch import World
-from megaprompt.evaluation import predict
-from megaprompt.facts import load_data
-from megaprompt.packing import PassSize, pack
-from megaprompt.prompt_encoder import PromptEncoder
-from megaprompt.template import Template
-from megaprompt.training import RECIPES, Examples, Task, Trainer
-from megaprompt.usable_facts import load_vocabulary, usable_relations
+from megaprompt.engine.evaluation import predict
+from megaprompt.engine.training import Trainer
+from megaprompt.prompting.packing import PassSize, pack
+from megaprompt.prompting.prompt_encoder import PromptEncoder
+from megaprompt.prompting.recipe import RECIPES
+from megaprompt.prompting.template import Template
+from megaprompt.tasks.lama.facts import load_data
+from megaprompt.tasks.lama.usable_facts import load_vocabulary, usable_relations
+from megaprompt.tasks.task import Examples, Task
 
 BATCH = 8
 FRONT = "<6>[X][Y]"

@@ -85,15 +85,15 @@ def _run(args: list[str]) -> int:
 def _probe(args: list[str]) -> None:
     from megaprompt.config import ProbeConfig, from_yaml, parse
     from megaprompt.distributed.launch import joined_world
-    from megaprompt.probe import probe
-    from megaprompt.tables import summary_table
+    from megaprompt.report.tables import summary_table
+    from megaprompt.run.job import probe
 
     default, args = _config_option(args)
     config = parse(ProbeConfig, args, "megaprompt probe", from_yaml(ProbeConfig, default) if default else None)
     if config.resume and default is None and (saved := config.out / "config.yaml").exists():
         config = parse(ProbeConfig, args, "megaprompt probe", from_yaml(ProbeConfig, saved))
     if config.check:
-        from megaprompt.preflight import preflight
+        from megaprompt.run.preflight import preflight
 
         return preflight(config)
     with joined_world(force=config.deepspeed is not None) as world:
@@ -117,8 +117,8 @@ def _evaluate(args: list[str]) -> None:
     from rich.table import Table
 
     from megaprompt.config import EvaluateConfig, parse
-    from megaprompt.run_directory import write_file
-    from megaprompt.saved_prompts import evaluate
+    from megaprompt.files import write_file
+    from megaprompt.run.ask import evaluate
 
     config = parse(EvaluateConfig, args, "megaprompt evaluate")
     scores = evaluate(config)
@@ -141,7 +141,7 @@ def _percents(row: dict) -> list[str]:
 
 def _ask(args: list[str]) -> None:
     from megaprompt.config import AskConfig, parse
-    from megaprompt.saved_prompts import ask
+    from megaprompt.run.ask import ask
 
     config = parse(AskConfig, args, "megaprompt ask")
     for answer, probability in ask(config):
@@ -150,10 +150,10 @@ def _ask(args: list[str]) -> None:
 
 def _report(args: list[str]) -> None:
     from megaprompt.config import ReportConfig, parse
-    from megaprompt.merge import merge_runs
-    from megaprompt.report import write_joint_report, write_report
-    from megaprompt.table2 import join, terminal_table
-    from megaprompt.tables import read_run, summary_table
+    from megaprompt.report.html import write_joint_report, write_report
+    from megaprompt.report.table2 import join, terminal_table
+    from megaprompt.report.tables import read_run, summary_table
+    from megaprompt.run.merge import merge_runs
 
     config = parse(ReportConfig, args, "megaprompt report")
     for run in config.runs:
@@ -171,14 +171,14 @@ def _report(args: list[str]) -> None:
 
 def _status(args: list[str]) -> None:
     from megaprompt.config import StatusConfig, parse
-    from megaprompt.progress import describe_progress, read_progress
+    from megaprompt.run.progress import describe_progress, read_progress
 
     print(describe_progress(read_progress(parse(StatusConfig, args, "megaprompt status").run)))
 
 
 def _convert(args: list[str]) -> None:
+    from megaprompt.backbone.fairseq_bridge import convert, convert_back
     from megaprompt.config import ConvertConfig, parse
-    from megaprompt.fairseq_bridge import convert, convert_back
 
     config = parse(ConvertConfig, args, "megaprompt convert")
     if config.to_fairseq:
@@ -193,7 +193,7 @@ def _convert(args: list[str]) -> None:
 
 def _plan(args: list[str]) -> None:
     from megaprompt.config import PlanConfig, parse
-    from megaprompt.plan import advice, as_json, chart, plans, tables
+    from megaprompt.resources.plan import advice, as_json, chart, plans, tables
 
     config = parse(PlanConfig, args, "megaprompt plan")
     found = plans(config)
@@ -209,7 +209,7 @@ def _plan(args: list[str]) -> None:
 
 def _memory(args: list[str]) -> None:
     from megaprompt.config import MemoryConfig, parse
-    from megaprompt.measure import measure_all, table
+    from megaprompt.resources.measure import measure_all, table
 
     config = parse(MemoryConfig, args, "megaprompt memory")
     _print(table(measure_all(config)))
@@ -236,7 +236,7 @@ def _data(args: list[str]) -> None:
 
 def _data_fetch(args: list[str]) -> None:
     from megaprompt.config import FetchConfig, parse
-    from megaprompt.fetch import SOURCES, fetch, fetch_from_hub
+    from megaprompt.tasks.fetch import SOURCES, fetch, fetch_from_hub
 
     config = parse(FetchConfig, args, "megaprompt data fetch")
     source = SOURCES[config.source]
@@ -256,9 +256,9 @@ def _data_fetch(args: list[str]) -> None:
 def _data_vocabulary(args: list[str]) -> None:
     from megaprompt.backbone import load_tokenizer
     from megaprompt.config import VocabularyConfig, parse
-    from megaprompt.facts import read_vocabulary
-    from megaprompt.run_directory import write_file
-    from megaprompt.vocabulary import common_words
+    from megaprompt.files import write_file
+    from megaprompt.tasks.lama.facts import read_vocabulary
+    from megaprompt.tasks.lama.vocabulary import common_words
 
     config = parse(VocabularyConfig, args, "megaprompt data vocabulary")
     candidates = None if config.words is None else read_vocabulary(config.words)
@@ -270,8 +270,8 @@ def _data_vocabulary(args: list[str]) -> None:
 def _data_count(args: list[str]) -> None:
     from megaprompt.backbone import load_tokenizer
     from megaprompt.config import CountConfig, parse
-    from megaprompt.facts import load_data
-    from megaprompt.vocabulary import beside_lama, count_facts, count_table
+    from megaprompt.tasks.lama.facts import load_data
+    from megaprompt.tasks.lama.vocabulary import beside_lama, count_facts, count_table
 
     config = parse(CountConfig, args, "megaprompt data count")
     data = load_data(config.data)

@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 import yaml
 
-from megaprompt.autoprompt import Search
 from megaprompt.errors import UsageError
-from megaprompt.facts import Split
-from megaprompt.packing import ROW_TOKENS, PassSize
-from megaprompt.prompt_encoder import EncoderKind
-from megaprompt.training import RECIPES, Recipe
+from megaprompt.methods.autoprompt import Search
+from megaprompt.prompting.packing import ROW_TOKENS, PassSize
+from megaprompt.prompting.prompt_encoder import EncoderKind
+from megaprompt.prompting.recipe import RECIPES, Recipe
+from megaprompt.tasks.lama.facts import Split
 
 Names = Annotated[
     tuple[str, ...],

@@ -15,7 +15,8 @@ import yaml
 from megaprompt.config import ProbeConfig, from_yaml, parse, to_yaml
 from megaprompt.distributed.launch import World
 from megaprompt.errors import UsageError
-from megaprompt.run_directory import RunDirectory, SavedPrompt, load_prompts
+from megaprompt.run.directory import RunDirectory
+from megaprompt.run.saved_prompts import SavedPrompt, load_prompts
 from tests.conftest import make_model, run_cli, write_facts
 
 QUICK = ("--learning-rate", "0.03", "--max-epochs", "3")

@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from megaprompt.backbone import megatron  # noqa: F401 (registers the model with transformers)
 from megaprompt.backbone.language_model import Backbone
 from megaprompt.backbone.packed import language_model
+from megaprompt.backbone.sharded import load_sharded
 from megaprompt.backbone.tokenization import Tokenization
-from megaprompt.distributed.zero3 import load_sharded, shard
+from megaprompt.distributed.zero3 import shard
 from megaprompt.errors import MegapromptError, UsageError, first_line
 
 __all__ = ["Backbone", "Tokenization", "dtype_of", "inspect_backbone", "load_backbone", "load_tokenizer", "read_config"]

@@ -17,9 +17,9 @@ from megaprompt.backbone.packed import PackedModel
 from megaprompt.backbone.tokenization import WORD, Tokenization
 from megaprompt.distributed.zero3 import whole
 from megaprompt.errors import MegapromptError, first_line
-from megaprompt.packing import PassSize, pack
-from megaprompt.prompt_encoder import EmbeddingStatistics
-from megaprompt.template import Query, TextEncoder
+from megaprompt.prompting.packing import PassSize, pack
+from megaprompt.prompting.prompt_encoder import EmbeddingStatistics
+from megaprompt.prompting.template import Query, TextEncoder
 
 logger = logging.getLogger(__name__)
 

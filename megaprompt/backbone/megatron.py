@@ -198,7 +198,7 @@ class FairseqMegatronForCausalLM(FairseqMegatronPreTrainedModel, GenerationMixin
 
 
 class FairseqMegatronTokenizer(PreTrainedTokenizerFast):
-    """GPT-2's byte-level BPE with the ids of a fairseq dictionary (see `megaprompt.fairseq_bridge`).
+    """GPT-2's byte-level BPE with the ids of a fairseq dictionary (see `megaprompt.backbone.fairseq_bridge`).
 
     Tokens that the dictionary lacks have ids from `dictionary_size` on in the BPE model, which wants them different;
     what comes out is the id of `<unk>`. (A class with an `__init__` would not be read from tokenizer.json.)

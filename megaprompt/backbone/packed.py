@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from megaprompt.errors import MegapromptError
-from megaprompt.packing import PackedBatch
+from megaprompt.prompting.packing import PackedBatch
 
 
 def language_model(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForMaskedLM]:
@@ -66,8 +66,8 @@ class PackedModel(nn.Module):
         """Logits [N targets, vocabulary] of a packed batch.
 
         Args:
-            batch: see `megaprompt.packing`; on this model's device. Or the tokens [T] of one text, which are computed
-                as transformers does of its own accord, with logits [T, vocabulary].
+            batch: see `prompting.packing`; on this model's device. Or the tokens [T] of one text, which are computed as
+                transformers does of its own accord, with logits [T, vocabulary].
             prompts: prompt matrix [P, hidden size] that the batch's pseudo tokens index; may require a gradient.
         """
         if isinstance(batch, Tensor):

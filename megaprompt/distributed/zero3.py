@@ -7,14 +7,12 @@ be offloaded to host memory or NVMe; which, is up to the DeepSpeed configuration
 
 from __future__ import annotations
 
-import ctypes
 import difflib
 import fcntl
 import json
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -26,11 +24,11 @@ import psutil
 import torch
 from torch import nn
 
+from megaprompt.distributed.loss_scale import LossScale
 from megaprompt.errors import MegapromptError, UsageError
-from megaprompt.loss_scale import LossScale
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    pass
 
 
 logger = logging.getLogger(__name__)
@@ -41,6 +39,13 @@ _KNOWN = {
     "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 }  # fmt: skip
 """Top-level keys of a DeepSpeed configuration that mean something, or do no harm, for a frozen backbone."""
+
+PRECISION_SECTIONS: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {},
+    torch.bfloat16: {"bf16": {"enabled": True}},
+    torch.float16: {"fp16": {"enabled": True}},
+}
+"""How DeepSpeed is told a type. (0.19 does not listen to `zero.Init(dtype=...)` where float16 is not supported.)"""
 
 _STALE_SECONDS = 180  # without a change to any file of an operator's build directory
 
@@ -62,7 +67,7 @@ class DeepSpeedSettings:
 
         Weights in half precision then have float32 copies, to which the steps are added.
         """
-        return None if self.sharding is None else self.sharding | _SECTIONS[dtype] | self.precision
+        return None if self.sharding is None else self.sharding | PRECISION_SECTIONS[dtype] | self.precision
 
 
 def read_deepspeed_config(path: Path) -> DeepSpeedSettings:
@@ -126,7 +131,7 @@ def read_deepspeed_config(path: Path) -> DeepSpeedSettings:
 
 def _check_values(option: str, config: dict[str, Any]) -> None:
     """Let DeepSpeed's own schemas judge the sections."""
-    _prefer_cpu_without_gpu()
+    prefer_cpu_without_gpu()
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
@@ -146,135 +151,6 @@ def _check_values(option: str, config: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-_SECTIONS: dict[torch.dtype, dict[str, Any]] = {
-    torch.float32: {},
-    torch.bfloat16: {"bf16": {"enabled": True}},
-    torch.float16: {"fp16": {"enabled": True}},
-}
-"""How DeepSpeed is told a type. (0.19 does not listen to `zero.Init(dtype=...)` where float16 is not supported.)"""
-
-
-def new_sharded(model_config: PreTrainedConfig, dtype: torch.dtype, config: dict[str, Any]) -> PreTrainedModel:
-    """A transformers language model that is partitioned over the ranks, with initial weights.
-
-    Raises:
-        UsageError: DeepSpeed has no such type.
-    """
-    _prefer_cpu_without_gpu()
-    import deepspeed
-    from accelerate import init_empty_weights
-
-    from megaprompt.backbone.packed import language_model
-
-    if dtype not in _SECTIONS:
-        raise UsageError(f"--dtype {dtype}: a sharded backbone is float32, bfloat16 or float16; leave --deepspeed out")
-    build_operators(config)
-    _return_freed_memory()
-    kind = language_model(model_config)
-    with init_empty_weights(include_buffers=False):
-        empty = kind.from_config(model_config, dtype=dtype)
-    _check_swap_space(empty, config)
-    with deepspeed.zero.Init(config_dict_or_path=config | _SECTIONS[dtype]):
-        model = kind.from_config(model_config, dtype=dtype)
-    model.tie_weights()
-    # Within zero.Init buffers (rotary frequencies) come out in the parameters' precision, which is not what they need.
-    for (_, buffer), (_, exact) in zip(model.named_buffers(), empty.named_buffers(), strict=True):
-        buffer.data = exact.to(buffer.device)
-    return model
-
-
-def load_sharded(directory: Path, dtype: torch.dtype, config: dict[str, Any]) -> PreTrainedModel:
-    """Load a transformers language model, partitioned over the ranks from the start: no rank ever holds it whole.
-
-    Each parameter exists whole on a rank only while it is made; its values are read from safetensors by rank 0, one
-    tensor at a time, and scattered.
-
-    Raises:
-        MegapromptError: the directory has no safetensors that fit the model.
-    """
-    from safetensors import safe_open
-    from transformers import AutoConfig
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        model = new_sharded(AutoConfig.from_pretrained(directory), dtype, config)
-    import deepspeed
-
-    files = _tensor_files(directory)
-    main = torch.distributed.get_rank() == 0
-    for name, parameter in model.named_parameters():
-        stored = next((n for n in _stored_names(name, model.base_model_prefix) if n in files), None)
-        if stored is None:
-            raise MegapromptError(
-                f"{directory}: no tensor {name} in its safetensors; load it once with transformers and write it with "
-                f"save_pretrained, then give that directory"
-            )
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if main:
-                with safe_open(files[stored], framework="pt") as file:  # opened anew, so that its pages are let go
-                    parameter.data.copy_(file.get_tensor(stored))
-    return model
-
-
-def _return_freed_memory() -> None:
-    """Have glibc give back the memory of every freed tensor.
-
-    By default it keeps freed blocks of up to 32 MB for later, between partitions that stay: with every parameter being
-    gathered and freed, ranks were seen to grow to twice the whole backbone instead of their part of it.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: from 1 MB on, and no longer adapted
-
-
-def _check_swap_space(model: nn.Module, config: dict[str, Any]) -> None:
-    """See that NVMe offload can work before it starts.
-
-    Raises:
-        MegapromptError: the disk has too little room, or cannot be written.
-        UsageError: the swap buffers are too small for the largest parameter.
-    """
-    offload = config["zero_optimization"].get("offload_param", {})
-    if offload.get("device") != "nvme":
-        return
-    ranks = torch.distributed.get_world_size()
-    largest = max(-(-p.numel() // ranks) for p in model.parameters())
-    if offload.get("buffer_size", 100_000_000) < largest:
-        raise UsageError(f"--deepspeed: set offload_param.buffer_size to at least {largest}, the largest partition")
-    path = Path(offload["nvme_path"])
-    needed = sum(p.numel() * p.element_size() for p in model.parameters()) // ranks
-    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / f".megaprompt-{os.getpid()}").write_bytes(b"x")
-        (path / f".megaprompt-{os.getpid()}").unlink()
-    except OSError as error:
-        raise MegapromptError(f"NVMe offload cannot write {path} ({error.strerror}); change nvme_path") from error
-    free = shutil.disk_usage(path).free
-    if free < needed:
-        raise MegapromptError(
-            f"NVMe offload needs {needed / 1e9:.1f} GB on {path}, {free / 1e9:.1f} GB are free; change nvme_path"
-        )
-
-
-def _stored_names(name: str, prefix: str) -> tuple[str, ...]:
-    """What a parameter may be called in a checkpoint: that of the bare model has no prefix, and BERT's norms had
-    TensorFlow's names."""
-    old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-    return name, name.removeprefix(f"{prefix}."), old
-
-
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Which file holds each tensor."""
-    from safetensors import safe_open
-
-    found = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
-
-
 def shard(model: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> Any:
     """Let a module whose parameters came from `load_sharded` gather them while it computes; returns DeepSpeed's engine.
 
@@ -284,7 +160,7 @@ def shard(model: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optim
     Args:
         optimizer: of the module's parameters, if they are trained. ZeRO-3 then partitions its state as well.
     """
-    _prefer_cpu_without_gpu()
+    prefer_cpu_without_gpu()
     import deepspeed
 
     # Of its own accord DeepSpeed would clip gradients to a norm of 1, and insist on its own Adam in host memory.
@@ -306,7 +182,7 @@ def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
 # ----------------------------------------------------------------------------------------------------------- operators
 
 
-def _prefer_cpu_without_gpu() -> None:
+def prefer_cpu_without_gpu() -> None:
     """DeepSpeed chooses its accelerator when it is imported; without a GPU it must be told."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,0 +1,1 @@
+"""The loop: passes of the backbone, who computes what, what is tuned."""

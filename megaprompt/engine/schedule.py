@@ -1,0 +1,39 @@
+"""Who computes what, when.
+
+The world is relation groups x replicas. A group owns some of the relations, with their prompt encoders; its replicas
+share the facts of each batch. All ranks together hold one sharded backbone, and a pass of it is collective: each layer
+is gathered from all of them. So all ranks must make the same number of passes, and one that has less to compute takes
+part with empty passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megaprompt.distributed.launch import World
+from megaprompt.prompting.packing import PassSize, split_into_passes
+from megaprompt.prompting.template import Query
+
+
+def my_passes(queries: Sequence[Query], world: World, size: PassSize) -> list[list[int]]:
+    """The indices of the queries that this rank of `world` computes, pass by pass."""
+    share = range(world.rank, len(queries), world.size)
+    return [[share[i] for i in indices] for indices in split_into_passes([queries[i] for i in share], size)]
+
+
+def padded(passes: list[list[int]], everyone: World) -> list[list[int]]:
+    """The passes, followed by empty ones until there are as many as on the busiest rank; all ranks must call it."""
+    count = int(everyone.max_(torch.tensor(len(passes)), "schedule"))
+    return passes + [[]] * (count - len(passes))
+
+
+def assign(weights: Sequence[int], groups: int) -> list[int]:
+    """Which group each item goes to, so that the groups' sums of weights are close: heaviest first, to the lightest."""
+    loads = [0] * groups
+    group_of = [0] * len(weights)
+    for item in sorted(range(len(weights)), key=lambda i: -weights[i]):
+        group_of[item] = loads.index(min(loads))
+        loads[group_of[item]] += weights[item]
+    return group_of

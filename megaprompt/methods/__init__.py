@@ -1,0 +1,1 @@
+"""Ways to ask: one file each, one interface."""

@@ -1,0 +1,212 @@
+"""Packing: many short queries become few dense rows, and no token is computed twice.
+
+Queries of the LAMA kind are short and alike. Padded to the longest of a batch, most of what the backbone computes is
+padding or repetition: every query of a relation starts with the same pseudo tokens, many subjects share their first
+words, and facts of an N-M relation share the whole query. Under causal attention the state of a token depends only on
+the tokens before it, so equal prefixes have equal states, and a batch of queries is a *prefix tree* whose every node
+is computed once:
+
+    <P36.0> <P36.1> <P36.2> South Africa <P36.3> ...        one row, depth-first:
+                                  Korea  <P36.3> ...        0 1 2 South Africa 3 .. Korea 3 .. Denmark 3 ..
+                            Denmark      <P36.3> ...
+
+Three things make the packed row exact for a transformer:
+- the position of a node is its depth in the tree (`position_ids`),
+- a node attends to its ancestors and itself. In depth-first order the descendants of a node are an interval, so the
+  mask needs two numbers per key: it is visible to the queries in [visible_from[key], visible_until[key]),
+- outputs are read at the nodes where queries end, only there.
+
+Under bidirectional attention the state of a token depends on all others, and only whole queries can be shared. They
+stand side by side, each visible to itself alone: the same two numbers describe a block-diagonal mask.
+
+Queries are sorted, so that the tree is built by comparing each query with the one before it.
+
+Models that have their own idea of masks and positions (relative positions, ALiBi, recurrence) get a row for each query
+and the padding's mask, nothing else: `row_tokens=None`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaprompt.prompting.template import Query
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """What the backbone computes in one pass. R rows of T positions, N distinct targets, Q queries, S pseudo tokens."""
+
+    one_by_one: bool  # a row for each query: the model's own positions and, but for the padding, its own mask
+
+    token_ids: Tensor  # [R, T] int64; 0 where there is a pseudo token or padding
+    position_ids: Tensor  # [R, T] int64; depth in the tree
+    visible_from: Tensor  # [R, T] int64; position j is attended to by positions
+    visible_until: Tensor  # [R, T] int64; visible_from[j] <= i < visible_until[j]
+    pseudo_positions: Tensor  # [S] int64; where pseudo tokens stand, as indices into R*T
+    pseudo_indices: Tensor  # [S] int64; which row of the prompt matrix stands there
+    targets: Tensor  # [N] int64; where the objects are predicted, as indices into R*T
+    target_of_query: Tensor  # [Q] int64; which of the N targets belongs to each query
+
+    def attention_mask(self) -> Tensor:
+        """Boolean [R, 1, T, T]: True where the query position (dim 2) attends to the key position (dim 3)."""
+        position = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        query = position[:, None]
+        return ((self.visible_from[:, None, :] <= query) & (query < self.visible_until[:, None, :]))[:, None]
+
+    def padding_mask(self) -> Tensor:
+        """[R, T] int64: 1 where there is a token, of rows with one query each."""
+        position = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        return (position < self.visible_until[:, :1]).long()
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The same batch with its tensors changed."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return PackedBatch(self.one_by_one, **{name: change(value) for name, value in tensors.items()})
+
+
+class _Row:
+    """One row of the packed batch while it is filled, in depth-first order."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.depths: list[int] = []
+        self.visible_from: list[int] = []
+        self.visible_until: list[int] = []
+        self.path: list[int] = []  # positions of the nodes from the root to the newest one
+        self.ends: list[tuple[int, int]] = []  # (query, position of its target)
+        self.newest: Query | None = None
+
+    def cost(self, query: Query) -> int:
+        """How many positions a query would add."""
+        return 0 if query == self.newest else len(query.tokens) - self._shared(query.tokens)
+
+    def _shared(self, tokens: Sequence[int]) -> int:
+        shared = 0
+        for position, token in zip(self.path, tokens):  # noqa: B905 (the shorter one decides)
+            if self.tokens[position] != token:
+                break
+            shared += 1
+        return shared
+
+    def add(self, number: int, query: Query) -> None:
+        if query == self.newest:
+            self.ends.append((number, self.ends[-1][1]))
+            return
+        self.newest, tokens = query, query.tokens
+        shared = self._shared(tokens)
+        del self.path[shared:]
+        for depth in range(shared, len(tokens)):
+            self.path.append(len(self.tokens))
+            self.tokens.append(tokens[depth])
+            self.depths.append(depth)
+            self.visible_from.append(self.path[0] if query.bidirectional else self.path[-1])
+            self.visible_until.append(0)
+        for position in self.path:
+            self.visible_until[position] = len(self.tokens)
+        self.ends.append((number, self.path[query.target]))
+        if query.bidirectional:  # what a token is depends on all others: nothing to share
+            self.path.clear()
+
+
+def _fill_rows(queries: Sequence[Query], order: Sequence[int], row_tokens: int) -> list[_Row]:
+    rows: list[_Row] = []
+    for index in order:
+        cost = rows[-1].cost(queries[index]) if rows else 0
+        if not rows or (cost and len(rows[-1].tokens) + cost > row_tokens):
+            rows.append(_Row())
+        rows[-1].add(index, queries[index])
+    return rows
+
+
+ROW_TOKENS = 256
+"""How wide rows are where nobody says."""
+
+
+@dataclass(frozen=True)
+class PassSize:
+    """How much one pass computes: rows of at most `row_tokens` (None: of one query each), in all at most about
+    `pass_tokens`."""
+
+    row_tokens: int | None = ROW_TOKENS
+    pass_tokens: int = 1024
+
+
+def split_into_passes(queries: Sequence[Query], size: PassSize) -> list[list[int]]:
+    """Cut queries into passes of the given size.
+
+    Returns the indices of the queries of each pass, sorted so that common prefixes meet. A query longer than a row gets
+    a row of its own.
+    """
+    if size.row_tokens is None:
+        passes: list[list[int]] = []
+        for i in sorted(range(len(queries)), key=lambda i: len(queries[i].tokens)):  # the last is the longest
+            if not passes or (len(passes[-1]) + 1) * len(queries[i].tokens) > size.pass_tokens:
+                passes.append([])
+            passes[-1].append(i)
+        return passes
+    order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
+    rows = _fill_rows(queries, order, size.row_tokens)
+    rows_per_pass = max(1, size.pass_tokens // size.row_tokens)
+    return [
+        [query for row in rows[start : start + rows_per_pass] for query, _ in row.ends]
+        for start in range(0, len(rows), rows_per_pass)
+    ]
+
+
+def pack(queries: Sequence[Query], row_tokens: int | None) -> PackedBatch:
+    """Pack queries into rows of at most `row_tokens` positions (more only for a single longer query), or, if that is
+    None, of one query each.
+
+    Pseudo tokens are negative: -1-k stands for row k of the prompt matrix. The order of the queries is kept in
+    `target_of_query`. An empty list gives a batch of one padding token and no targets, which a rank without work uses
+    to take part in a collective pass.
+    """
+    order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
+    rows = _fill_rows(queries, order, row_tokens or 0) or [_Row()]
+    if len(rows) > 1 and row_tokens is not None:
+        # Even rows: with as many rows as needed, the smallest width that holds everything leaves the least padding.
+        low, high = max(len(q.tokens) for q in queries), max(len(row.tokens) for row in rows)
+        while low < high:
+            middle = (low + high) // 2
+            narrower = _fill_rows(queries, order, middle)
+            if len(narrower) <= len(rows):
+                rows, high = narrower, middle
+            else:
+                low = middle + 1
+
+    width = max(1, *(len(row.tokens) for row in rows))
+    token_ids, position_ids, visible_from, visible_until = [], [], [], []
+    pseudo_positions, pseudo_indices = [], []
+    targets: dict[int, int] = {}
+    target_of_query = [0] * len(queries)
+    for r, row in enumerate(rows):
+        length, padding = len(row.tokens), width - len(row.tokens)
+        token_ids.append([max(token, 0) for token in row.tokens] + [0] * padding)
+        position_ids.append(row.depths + [0] * padding)
+        visible_from.append(row.visible_from + list(range(length, width)))  # padding sees itself only
+        visible_until.append(row.visible_until + list(range(length + 1, width + 1)))
+        for position, token in enumerate(row.tokens):
+            if token < 0:
+                pseudo_positions.append(r * width + position)
+                pseudo_indices.append(-1 - token)
+        for query, position in row.ends:
+            target_of_query[query] = targets.setdefault(r * width + position, len(targets))
+    return PackedBatch(
+        one_by_one=row_tokens is None,
+        token_ids=torch.tensor(token_ids),
+        position_ids=torch.tensor(position_ids),
+        visible_from=torch.tensor(visible_from),
+        visible_until=torch.tensor(visible_until),
+        pseudo_positions=torch.tensor(pseudo_positions, dtype=torch.int64),
+        pseudo_indices=torch.tensor(pseudo_indices, dtype=torch.int64),
+        targets=torch.tensor(list(targets), dtype=torch.int64),
+        target_of_query=torch.tensor(target_of_query, dtype=torch.int64),
+    )

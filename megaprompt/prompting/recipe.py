@@ -1,0 +1,49 @@
+"""How prompts are optimized."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the prompts of one relation are optimized, with Adam."""
+
+    learning_rate: float
+    weight_decay: float
+    decay: float  # the learning rate is multiplied by this after every epoch
+    batch_size: int
+    max_epochs: int
+    patience: int  # stop after so many epochs without a better P@1 on dev
+    max_steps: int | None = None  # if given, stop after so many steps, with the learning rate falling linearly to 0
+    warmup_steps: int = 0  # over which the learning rate rises linearly
+    start_near_embeddings: bool = False  # initial vectors close to the backbone's mean token embedding
+
+    def steps(self, facts: int) -> int:
+        """Optimizer steps for a relation with so many training facts, if it does not stop early."""
+        steps = self.max_epochs * math.ceil(facts / self.batch_size)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def rate(self, facts: int, epoch: int, step: int) -> float:
+        """The learning rate of the next step, after so many epochs and steps."""
+        falling = 1.0 if self.max_steps is None else 1 - step / self.steps(facts)
+        rising = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        return self.learning_rate * self.decay**epoch * min(rising, falling)
+
+
+RECIPES = {
+    "paper": Recipe(1e-5, 5e-4, 0.98, batch_size=8, max_epochs=100, patience=20),
+    "fast": Recipe(
+        3e-4,
+        5e-4,
+        1.0,
+        batch_size=8,
+        max_epochs=100,
+        patience=20,
+        max_steps=150,
+        warmup_steps=20,
+        start_near_embeddings=True,
+    ),
+}
+"""`paper` is what the code of the paper sets; `fast` was chosen on dev (see the README)."""

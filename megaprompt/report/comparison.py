@@ -1,0 +1,231 @@
+"""Two methods on the same facts: which facts one knows and the other does not, and how sure their difference is.
+
+A method knows a fact if it ranks the object first. Everything is made from the predictions that the runs wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megaprompt.errors import MegapromptError
+from megaprompt.report.table2 import BackboneRow
+from megaprompt.report.tables import Run, methods_in_order
+
+Fact = tuple[str, str, str, int]  # relation, subject, object, and which of several facts with the same words
+
+
+class Answer(NamedTuple):
+    """What a model says about a fact."""
+
+    text: str
+    probability: float
+    right: bool
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the methods of one backbone answered to its test facts. Only facts that were asked with every seed count."""
+
+    facts: list[Fact]
+    known: dict[str, np.ndarray]  # method -> [facts] share of the seeds that know it; NaN if not asked
+    first: dict[str, list[Answer | None]]  # method -> [facts] of the first seed; None if not asked
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Macro P@1 of one method less that of another on the same facts, in points, with its 95 % interval."""
+
+    method: str
+    other: str
+    points: float
+    low: float
+    high: float
+    relations: int
+    facts: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """A fact, and what two methods answered."""
+
+    label: str  # of the relation
+    subject: str
+    object: str
+    answers: tuple[Answer, Answer]
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """The facts that two methods know, with the first seed of each."""
+
+    first: str
+    second: str
+    counts: dict[tuple[bool, bool], int]  # (first knows, second knows) -> facts
+    examples: dict[tuple[bool, bool], list[Example]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that is compared on one backbone."""
+
+    name: str
+    knowledge: Knowledge | None
+    differences: list[Difference]
+
+
+def compare(rows: Sequence[BackboneRow], relations: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
+    """Compare P-tuning (or else the best method) with every other method that wrote predictions, on each backbone.
+
+    Raises:
+        MegapromptError: a file of predictions is damaged.
+    """
+    found = []
+    for row in rows:
+        asked = read_answers(row, list(relations))
+        methods = methods_in_order(asked.known)
+        macro = row.macro()
+        best_first = sorted(methods, key=lambda method: -macro[method])
+        if len(methods) < 2:
+            continue
+        lead = "p-tuning" if "p-tuning" in methods else best_first[0]
+        differences = [difference(asked, lead, method) for method in methods if method != lead]
+        # As in the paper, what is learned stands against what is written, where both are there.
+        pair = ("manual", "p-tuning") if {"manual", "p-tuning"} <= set(methods) else (best_first[1], best_first[0])
+        labels = {name: about["label"] or name for name, about in relations.items()}
+        knowledge = knowledge_of(asked, *pair, labels)
+        found.append(Comparison(row.name, knowledge, [each for each in differences if each is not None]))
+    return [each for each in found if each.knowledge or each.differences]
+
+
+# ------------------------------------------------------------------------------------------------------ the predictions
+
+
+def read_answers(row: BackboneRow, relations: Sequence[str]) -> Answers:
+    """The predictions of all methods and seeds of a backbone. Methods without predictions, as majority, are left out.
+
+    Raises:
+        MegapromptError: a file is damaged.
+    """
+    runs = {run.path: run for cell in row.cells.values() for run in cell.runs}
+    seeds = {method: [run.path for run in cell.runs] for method, cell in row.cells.items()}
+    place: dict[Fact, int] = {}
+    right: dict[tuple[str, Path], dict[int, bool]] = defaultdict(dict)  # (method, run) -> place of the fact -> rank 1
+    given: dict[str, dict[int, Answer]] = defaultdict(dict)  # method -> place of the fact -> answer of the first seed
+    for relation in relations:
+        for path, run in runs.items():
+            seen: Counter[tuple[str, ...]] = Counter()
+            for line in _predictions(run, relation):
+                method = line["method"]
+                if path not in seeds.get(method, ()):
+                    continue
+                words = (method, line["subject"], line["object"])
+                index = place.setdefault((relation, *words[1:], seen[words]), len(place))
+                seen[words] += 1
+                right[method, path][index] = line["rank"] == 1
+                if path == seeds[method][0]:
+                    text, probability = line["top"][0] if line.get("top") else ("–", math.nan)
+                    given[method][index] = Answer(text, probability, line["rank"] == 1)
+    known: dict[str, np.ndarray] = {}
+    for method, paths in seeds.items():
+        if all(right[method, path] for path in paths):
+            of_seeds = np.full((len(paths), len(place)), np.nan)
+            for i, path in enumerate(paths):
+                of_seeds[i, list(right[method, path])] = list(right[method, path].values())
+            known[method] = of_seeds.mean(0)
+    first = {method: [given[method].get(index) for index in range(len(place))] for method in known}
+    return Answers(list(place), known, first)
+
+
+def _predictions(run: Run, relation: str) -> list[dict[str, Any]]:
+    path = run.path / "predictions" / f"{relation}.jsonl"
+    if not path.exists():
+        return []
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        for line in lines:
+            line["method"], line["subject"], line["object"], line["rank"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise MegapromptError(f"{path}: is damaged ({error!r}); run the probe again") from error
+    return lines
+
+
+# -------------------------------------------------------------------------------------------------- how sure, and which
+
+
+def difference(asked: Answers, method: str, other: str, *, samples: int = 10_000, seed: int = 0) -> Difference | None:
+    """The difference of macro P@1 on the facts that both methods were asked, with a paired bootstrap interval.
+
+    Facts are drawn with replacement within their relation, the same ones for both methods. With several seeds a fact
+    counts as the share of the seeds that know it: the interval tells of the choice of facts, not of seeds.
+
+    Returns:
+        None if there is no fact that both were asked.
+    """
+    gap = 100 * (asked.known[method] - asked.known[other])  # [facts] points
+    both = np.isfinite(gap)
+    if not both.any():
+        return None
+    relation = np.array([fact[0] for fact in asked.facts])[both]
+    low, high = bootstrap_interval(gap[both], relation, samples=samples, seed=seed)
+    names = np.unique(relation)
+    mean = float(np.mean([gap[both][relation == name].mean() for name in names]))
+    return Difference(method, other, mean, low, high, len(names), int(both.sum()))
+
+
+def bootstrap_interval(values: np.ndarray, group: np.ndarray, *, samples: int, seed: int) -> tuple[float, float]:
+    """The middle 95 % of the mean over groups of group means, when the values [N] are drawn again within their group.
+
+    Drawing n values with replacement is drawing how often each distinct value comes: one multinomial for each group.
+    """
+    generator = np.random.default_rng(seed)
+    total = np.zeros(samples)
+    names = np.unique(group)
+    for name in names:
+        distinct, counts = np.unique(values[group == name], return_counts=True)
+        n = counts.sum()
+        total += generator.multinomial(n, counts / n, size=samples) @ distinct / n  # [samples]
+    low, high = np.percentile(total / len(names), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def knowledge_of(
+    asked: Answers, first: str, second: str, labels: Mapping[str, str], examples: int = 4
+) -> Knowledge | None:
+    """Which facts two methods know, with the first seed of each, and some examples of each kind.
+
+    Examples are those of which the models are surest, from as many relations as possible.
+    """
+    kinds: dict[tuple[bool, bool], list[tuple[str, Example]]] = {(True, True): [], (True, False): []}
+    kinds |= {(False, True): [], (False, False): []}
+    for fact, one, two in zip(asked.facts, asked.first[first], asked.first[second], strict=True):
+        if one is not None and two is not None:
+            relation, subject, object_, _ = fact
+            kinds[one.right, two.right].append((relation, Example(labels[relation], subject, object_, (one, two))))
+    if not any(kinds.values()):
+        return None
+    chosen = {kind: _surest(kind, facts, examples) for kind, facts in kinds.items()}
+    return Knowledge(first, second, {kind: len(facts) for kind, facts in kinds.items()}, chosen)
+
+
+def _surest(kind: tuple[bool, bool], facts: Sequence[tuple[str, Example]], count: int) -> list[Example]:
+    """The facts of which the model is surest, one per relation as long as there are more relations."""
+
+    def probability(example: Example) -> float:
+        """Of the right answer, or of the surer wrong one if both are wrong."""
+        right = [answer.probability for answer in example.answers if answer.right or not any(kind)]
+        return max((p for p in right if math.isfinite(p)), default=0.0)
+
+    by_relation: dict[str, list[Example]] = defaultdict(list)
+    for relation, example in sorted(facts, key=lambda each: -probability(each[1])):
+        by_relation[relation].append(example)
+    rounds = zip_longest(*by_relation.values())
+    return [example for each in rounds for example in each if example is not None][:count]

@@ -1,0 +1,163 @@
+"""Reports: what a reader sees. Everything is made from the files that runs have written.
+
+write_report(Path("runs/first"))  # of one run: report.html, charts, table.md, table.tex, table.csv
+write_joint_report(join([read_run(a), read_run(b)]), out)  # of several, as in the paper's Table 2
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from megaprompt.errors import UsageError
+from megaprompt.files import write_file
+from megaprompt.report.charts import (
+    LEARNING_PER_PAGE,
+    learning_chart,
+    page_parts,
+    png,
+    relations_chart,
+    scores_chart,
+    scores_per_page,
+    types_chart,
+)
+from megaprompt.report.comparison import compare
+from megaprompt.report.table2 import AVERAGES, HEADINGS, Table2, as_csv, join, latex, legend, lines_of, markdown
+from megaprompt.report.tables import Run, known, methods_in_order, percent, points, read_run, rows_of
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the report of a run into its own directory, or another; returns the page's path.
+
+    report.html is self-contained; beside it are its charts as PNG, and the one row of Table 2 (see `write_tables`).
+
+    Raises:
+        UsageError: there is no run.
+        MegapromptError: a file of the run is damaged, or the report cannot be written.
+    """
+    found = read_run(run)
+    out, results = out or run, found.results
+    table = join([found])
+    figures = _run_figures(found)
+    relations, averages, types = rows_of(results)
+    abouts = results["data"]["relations"].values()
+    page = _page(
+        "report",
+        figures,
+        out,
+        results=results,
+        methods=methods_in_order(results["methods"]),
+        relations=relations,
+        averages=averages,
+        types=types,
+        reasons=list(dict.fromkeys(reason for about in abouts for reason in about["left_out"])),
+        total=sum((Counter(about["facts"] | about["left_out"]) for about in abouts), Counter()),
+        smallest=min((row for row in relations if row.facts), key=lambda row: row.facts, default=None),
+        comparisons=compare(table.rows, table.relations),
+        circumstances=_circumstances(results),
+    )
+    write_tables(table, out)
+    return page
+
+
+def _run_figures(run: Run) -> dict[str, Figure]:
+    """Charts of one run by name. Those of many relations come in parts: scores, scores-2, ..."""
+    results, figures = run.results, {}
+    about = results["data"]["relations"]
+    if methods := methods_in_order(results["methods"]):
+        for number, part in enumerate(page_parts(list(about), scores_per_page(methods)), 1):
+            data = {**results["data"], "relations": {name: about[name] for name in part}}
+            figures[_numbered("scores", number)] = scores_chart({**results, "data": data})
+    # Methods that fine-tune log lines of their own; the curves are those of prompts.
+    log = [line for line in run.log if line.get("method", "p-tuning") == "p-tuning"]
+    logged = {line["relation"] for line in log}
+    names = [name for name in dict.fromkeys([*about, *logged]) if name in logged]
+    for number, part in enumerate(page_parts(names, LEARNING_PER_PAGE), 1) if names else ():
+        lines = [line for line in log if line["relation"] in part]
+        figures[_numbered("learning_curves", number)] = learning_chart(results, lines)
+    return figures
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
+
+
+def write_joint_report(table: Table2, out: Path) -> Path:
+    """Write the report of several runs, with Table 2, into a directory; returns the page's path.
+
+    Raises:
+        UsageError: the directory is that of a run, which has a report of its own.
+        MegapromptError: predictions are damaged, or the report cannot be written.
+    """
+    if (out / "results.json").exists():
+        raise UsageError(f"--out {out} holds a run with a report of its own; choose another directory")
+    figures = {"types": types_chart(table), "relations": relations_chart(table)} if table.methods else {}
+    page = _page(
+        "table2",
+        figures,
+        out,
+        table=table,
+        averages={average: lines_of(table, average) for average in AVERAGES},
+        sentences=legend(table),
+        headings=HEADINGS,
+        comparisons=compare(table.rows, table.relations),
+    )
+    write_tables(table, out)
+    return page
+
+
+def write_tables(table: Table2, out: Path) -> None:
+    """Write table.md, table.tex (booktabs) and table.csv into a directory.
+
+    Raises:
+        MegapromptError: they cannot be written.
+    """
+    for name, text in (("table.md", markdown(table)), ("table.tex", latex(table)), ("table.csv", as_csv(table))):
+        write_file(out / name, text.encode())
+
+
+def _page(template: str, figures: Mapping[str, Figure], out: Path, **values: Any) -> Path:
+    """Render report.html with its charts inside, and write the charts beside it."""
+    images = {name: png(figure) for name, figure in figures.items()}
+    for name, image in images.items():
+        write_file(out / f"{name}.png", image)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("megaprompt.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "points": points, "decimal": _decimal}
+    page = environment.get_template(f"{template}.html.jinja").render(
+        **values,
+        charts={name: base64.b64encode(image).decode() for name, image in images.items()},
+        widths={name: round(100 * figure.get_figwidth()) for name, figure in figures.items()},
+    )
+    write_file(out / "report.html", page.encode())
+    return out / "report.html"
+
+
+def _decimal(value: Any) -> str:
+    return f"{value:.3f}" if known(value) else "–"
+
+
+def _circumstances(results: Mapping[str, Any]) -> dict[str, str]:
+    """Where the run took place, for how long, and in how much memory."""
+    shown = {}
+    for key, value in results.get("environment", {}).items():
+        if isinstance(value, list):  # one item per rank
+            value = ", ".join(f"{n} × {item}" if n > 1 else item for item, n in Counter(map(str, value)).items())
+        shown[key.replace("_", " ")] = str(value)
+    for key, value in results.get("timing", {}).items():
+        seconds: Any = value.get("seconds") if isinstance(value, Mapping) else value
+        if known(seconds):
+            time = f"{seconds:.1f} s" if seconds < 60 else f"{timedelta(seconds=round(seconds))} h"
+            shown[f"time, {key.removesuffix('_seconds')}"] = time
+    gib = [f"{peak / 2**30:.2f}" for peak in sorted(filter(known, results.get("peak_memory_bytes", ())))]
+    if gib:
+        shown["peak memory per rank"] = f"{' to '.join(dict.fromkeys((gib[0], gib[-1])))} GiB"
+    return shown

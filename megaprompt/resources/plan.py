@@ -1,0 +1,291 @@
+"""Whether a run fits on given machines, what to change if not, and how fast a pass can be at best."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from rich.text import Text
+
+from megaprompt.config import PlanConfig
+from megaprompt.distributed.zero3 import DeepSpeedSettings, read_deepspeed_config
+from megaprompt.errors import UsageError
+from megaprompt.prompting.packing import PassSize
+from megaprompt.prompting.template import Template, default_template
+from megaprompt.resources.predict import CATEGORIES, Job, Need, Place, Profile, Workload, predict, profile, shape_of
+
+RUNTIME: dict[Place, float] = {"host": 0.35e9, "device": 0.0, "nvme": 0.0}
+"""Bytes of a process that has imported everything and loaded nothing, without a GPU (measured)."""
+GPU_RUNTIME: dict[Place, float] = {"host": 3e9, "device": 0.8e9, "nvme": 0.0}
+"""The same with one: CUDA's and NCCL's context and libraries (an estimate)."""
+USABLE = 0.92
+"""The share of a memory that a plan may fill: allocators leave gaps."""
+
+COLORS = {
+    "parameters": "#0072B2",
+    "gathered": "#56B4E9",
+    "gradients": "#E69F00",
+    "optimizer": "#D55E00",
+    "encoders": "#009E73",
+    "activations": "#F0E442",
+    "buffers": "#CC79A7",
+    "runtime": "#999999",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One configuration on the machines that were asked about."""
+
+    name: str  # of the configuration
+    dtype: str
+    ranks: int
+    bytes: dict[Place, dict[str, float]]  # of one rank, by category
+    available: dict[Place, float]  # to one rank
+    traffic: dict[str, float]  # bytes per pass and rank: network, pcie, disk
+    seconds: float  # of a pass, at least
+    reasons: list[str]  # why it does not fit; none if it does
+
+    @property
+    def fits(self) -> bool:
+        return not self.reasons
+
+    def total(self, place: Place) -> float:
+        """Bytes of one rank in one place."""
+        return sum(self.bytes[place].values())
+
+
+def plans(config: PlanConfig) -> list[Plan]:
+    """The plan of the configuration that was asked for; of all that come into question if none was, cheapest first.
+
+    Raises:
+        UsageError: there is no such backbone or configuration.
+    """
+    if config.deepspeed is not None:
+        return [plan(config, config.deepspeed)]
+    found = [plan(config, None)]
+    for path in _configurations():
+        if read_deepspeed_config(path).dtype in (None, _default(config)):
+            found.append(plan(config, path))
+    return sorted(found, key=lambda one: (not one.fits, one.seconds, one.traffic["pcie"], one.total("device")))
+
+
+def _default(config: PlanConfig) -> torch.dtype:
+    return getattr(torch, config.dtype or ("bfloat16" if config.gpus else "float32"))
+
+
+def _configurations() -> list[Path]:
+    """The configurations that come with megaprompt, where they are there."""
+    for directory in (Path("ds_configs"), Path(__file__).parents[2] / "ds_configs"):
+        if paths := sorted(directory.glob("*.json")):
+            return paths
+    return []
+
+
+@cache
+def _profile(backbone: str, dtype: torch.dtype, work: Workload) -> Profile:
+    return profile(shape_of(backbone), dtype, work)
+
+
+def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
+    """The plan of one configuration; None is PyTorch alone, with a whole copy of the backbone on every rank.
+
+    Raises:
+        UsageError: there is no such backbone or configuration, or the groups do not divide the ranks.
+    """
+    settings = read_deepspeed_config(deepspeed) if deepspeed is not None else DeepSpeedSettings()
+    dtype = settings.dtype or _default(config)
+    if settings.sharding is None and config.method == "fine-tuning":
+        dtype = torch.float32  # in half precision only ZeRO keeps float32 copies
+    tokens = PassSize(config.row_tokens, config.pass_tokens)
+    work = Workload.of(shape_of(config.backbone), config.method, config.relations, tokens)
+    run = _profile(config.backbone, dtype, work)
+    per_node = max(1, config.gpus)
+    ranks = config.nodes * per_node
+    if ranks % config.relation_groups:
+        raise UsageError(
+            f"--relation-groups {config.relation_groups}: does not divide the {ranks} ranks; give a divisor"
+        )
+    job = Job(
+        method=config.method,
+        dtype=dtype,
+        zero=settings.sharding["zero_optimization"] if settings.sharding else None,
+        ranks=ranks,
+        relations=-(-config.relations // config.relation_groups),
+        encoder=config.encoder,
+        pseudo_tokens=Template.parse(config.template or default_template(work.causal)).num_pseudo_tokens,
+        on_cpu=not config.gpus,
+    )
+    need = predict(run, job)
+    needed: dict[Place, dict[str, float]] = {place: dict(getattr(need, place)) for place in ("device", "host", "nvme")}
+    if not config.gpus:  # devices are the host
+        needed["host"] = dict(Counter(needed["host"]) + Counter(needed["device"]))
+        needed["device"] = {}
+    for place, size in (GPU_RUNTIME if config.gpus else RUNTIME).items():
+        if size:
+            needed[place]["runtime"] = size
+    available: dict[Place, float] = {
+        "device": config.gpu_memory * 1e9 if config.gpus else 0.0,
+        "host": config.host_memory * 1e9 / per_node,
+        "nvme": float("inf"),
+    }
+    reasons = []
+    for place, what in (("device", "GPU"), ("host", "host")):
+        total = sum(needed[place].values())
+        if total > USABLE * available[place]:
+            most = max(needed[place], key=lambda category: needed[place][category])
+            reasons.append(
+                f"{what} memory: {_gb(total)} GB of {_gb(available[place])} GB per rank, of which at most "
+                f"{USABLE:.0%} should be filled; {most} take {_gb(needed[place][most])} GB"
+            )
+    traffic = _traffic(run, job, need)
+    network = config.network or (12.5 if config.nodes > 1 else 50.0)
+    tflops = config.tflops or (100.0 if config.gpus else 1.0)
+    seconds = max(
+        run.flops / (tflops * 1e12),
+        traffic["network"] / (network * 1e9),
+        traffic["pcie"] / (config.pcie * 1e9) if config.gpus else 0.0,
+        traffic["disk"] * per_node / (config.disk * 1e9),
+    )
+    return Plan(
+        str(deepspeed or "none"), str(dtype).removeprefix("torch."), ranks, needed, available, traffic, seconds, reasons
+    )
+
+
+def _traffic(run: Profile, job: Job, need: Need) -> dict[str, float]:
+    """Bytes that a rank receives and moves in a pass that is a whole step."""
+    size, ranks = job.dtype.itemsize, job.ranks
+    zero = job.zero or {}
+    others = (ranks - 1) / ranks
+    trained = run.parameters * size if job.method == "fine-tuning" else 0
+    gathered = need.gathering.total * size if zero else 0.0
+    parameters = zero.get("offload_param", {}).get("device", "none")
+    optimizer = zero.get("offload_optimizer", {}).get("device", "none")
+    pcie = (gathered / ranks if parameters != "none" else 0.0) + (2 * trained / ranks if optimizer != "none" else 0.0)
+    if job.on_cpu:
+        pcie = 0.0
+    return {
+        "network": (gathered + (1 if zero else 2) * trained) * others,  # all-reduce is a scatter and a gather
+        "pcie": pcie,
+        "disk": gathered / ranks if parameters == "nvme" else 0.0,
+    }
+
+
+def advice(config: PlanConfig, found: Sequence[Plan]) -> str:
+    """What to do, in a sentence, and why."""
+    best = found[0]
+    if best.fits:
+        option = "without --deepspeed" if best.name == "none" else f"with --deepspeed {best.name}"
+        return f"fits {option} ({best.dtype}); at least {best.seconds:.2g} s per pass"
+    why = "".join(f"\n  {reason}" for reason in best.reasons)
+    device = best.bytes["device"] or best.bytes["host"]
+    most = max(device, key=lambda category: device[category])
+    changes = {
+        "encoders": "train fewer relations at once (more --relation-groups, or a job array over relations)",
+        "activations": "lower --pass-tokens",
+        "optimizer": "use more nodes, or P-tuning, which has no optimizer state of the backbone",
+        "gathered": "lower stage3_max_live_parameters and stage3_max_reuse_distance in the configuration",
+        "buffers": "lower reduce_bucket_size, sub_group_size or buffer_count in the configuration",
+    }
+    if config.deepspeed is not None:
+        return f"does not fit; leave --deepspeed out to see which configuration does{why}"
+    return f"does not fit; {changes.get(most) or 'use more GPUs or nodes'}{why}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f}"
+
+
+def tables(config: PlanConfig, found: Sequence[Plan]) -> list[Table]:
+    """All configurations in a row each, and the categories of the first one."""
+    where = (
+        f"{config.nodes} node(s) with {config.gpus} GPU(s) of {config.gpu_memory:g} GB"
+        if config.gpus
+        else (f"{config.nodes} node(s) without GPU")
+    )
+    title = f"{config.method} of {config.backbone} on {where} and {config.host_memory:g} GB; GB per rank"
+    overview = Table(title=Text(title))
+    overview.add_column("configuration", no_wrap=True)
+    for column in ("GPU", "host", "NVMe", "network", "PCIe", "disk", "s/pass ≥"):
+        overview.add_column(column, justify="right")
+    overview.add_column("verdict")
+    for plan in found:
+        cells = [_gb(plan.total(place)) for place in ("device", "host", "nvme")]
+        cells += [_gb(plan.traffic[way]) for way in ("network", "pcie", "disk")]
+        name = f"{Path(plan.name).name} ({plan.dtype})"
+        overview.add_row(name, *cells, f"{plan.seconds:.2g}", "fits" if plan.fits else "too large")
+    detail = Table(title=Text(f"{Path(found[0].name).stem}: GB per rank"), min_width=40)
+    detail.add_column("category")
+    for column in ("GPU", "host", "NVMe"):
+        detail.add_column(column, justify="right")
+    for category in (*CATEGORIES, "runtime"):
+        sizes = [found[0].bytes[place].get(category, 0.0) for place in ("device", "host", "nvme")]
+        if any(sizes):
+            detail.add_row(category, *(f"{size / 1e9:.2f}" if size else "" for size in sizes))
+    return [overview, detail]
+
+
+def as_json(config: PlanConfig, found: Sequence[Plan]) -> dict[str, Any]:
+    """Everything, in bytes and seconds."""
+    rows = [
+        {
+            "configuration": plan.name,
+            "dtype": plan.dtype,
+            "ranks": plan.ranks,
+            "fits": plan.fits,
+            "reasons": plan.reasons,
+            "bytes_per_rank": plan.bytes,
+            "available_per_rank": {place: size for place, size in plan.available.items() if place != "nvme"},
+            "traffic_bytes_per_pass": plan.traffic,
+            "seconds_per_pass_at_least": plan.seconds,
+        }
+        for plan in found
+    ]
+    return {"backbone": config.backbone, "method": config.method, "advice": advice(config, found), "plans": rows}
+
+
+def stacked(axes: Any, place: float, sizes: Mapping[str, float], height: float) -> None:
+    """A horizontal bar of GB by category."""
+    left = 0.0
+    for category, color in COLORS.items():
+        if size := sizes.get(category, 0.0) / 1e9:
+            axes.barh(place, size, height, left=left, color=color, edgecolor="white", linewidth=0.4)
+            left += size
+
+
+def chart(config: PlanConfig, found: Sequence[Plan]) -> Figure:
+    """Stacked bars of GPU and host memory for each configuration, beside what there is."""
+    places: list[Place] = ["device", "host"] if config.gpus else ["host"]
+    figure = Figure(figsize=(5 * len(places) + 1, 1.6 + 0.45 * len(found)), layout="constrained")
+    grid = figure.subplots(1, len(places), sharey=True, squeeze=False)[0]
+    for axes, place in zip(grid, places, strict=True):
+        for i, plan in enumerate(found):
+            stacked(axes, i, plan.bytes[place], 0.7)
+            axes.text(plan.total(place) / 1e9, i, f" {_gb(plan.total(place))}", va="center", fontsize=8)
+        available = found[0].available[place] / 1e9
+        axes.axvline(available, color="black", linestyle="--", linewidth=1)
+        axes.set_xlim(0, 1.15 * max(available, *(plan.total(place) / 1e9 for plan in found)))
+        axes.set_title(
+            f"{'GPU' if place == 'device' else 'host'} memory of a rank, GB (dashed: what there is)", fontsize=9
+        )
+        axes.set_yticks(range(len(found)), [Path(plan.name).stem for plan in found], fontsize=8)
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    legend(figure, {c for plan in found for place in places for c in plan.bytes[place]})
+    figure.suptitle(f"{config.method} of {config.backbone} on {found[0].ranks} rank(s)", fontsize=10)
+    return figure
+
+
+def legend(figure: Figure, used: set[str]) -> None:
+    """The colours of the categories, below the figure."""
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=color, label=category) for category, color in COLORS.items() if category in used]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)

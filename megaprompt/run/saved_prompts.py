@@ -1,0 +1,73 @@
+"""Learned prompts in files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.files import write_file
+
+
+@dataclass(frozen=True)
+class SavedPrompt:
+    """A learned prompt as it stands in a file; the encoder that made it is not needed (paper, section 3.2)."""
+
+    relation: str
+    template: str
+    backbone: str
+    fingerprint: str  # of the backbone's weights
+    data: str  # that it was learned with
+    vectors: Tensor  # [pseudo tokens, hidden size] float32
+    label: str = ""
+    dev_p_at_1: float = float("nan")
+    path: Path = Path()
+
+    _TEXT = ("relation", "template", "backbone", "fingerprint", "data", "label")
+
+    def save(self, path: Path) -> None:
+        """Write the file, and read it back: a prompt that is empty or not finite is not worth having.
+
+        Raises:
+            MegapromptError: it cannot be written.
+        """
+        metadata = {name: getattr(self, name) for name in self._TEXT}
+        metadata |= {"format": "megaprompt prompt 1", "dev_p_at_1": repr(self.dev_p_at_1)}
+        write_file(path, save_safetensors({"prompts": self.vectors.float().contiguous().cpu()}, metadata))
+        SavedPrompt.load(path)
+
+    @classmethod
+    def load(cls, path: Path) -> SavedPrompt:
+        """Read a prompt.
+
+        Raises:
+            MegapromptError: the file is no prompt, or is damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata, vectors = file.metadata() or {}, file.get_tensor("prompts")
+        except (OSError, SafetensorError) as error:
+            raise MegapromptError(f"{path}: cannot be read as a prompt ({error})") from error
+        if metadata.get("format") != "megaprompt prompt 1":
+            raise MegapromptError(f"{path}: is not a prompt of megaprompt; give a directory that probe wrote")
+        if not vectors.numel() or not vectors.isfinite().all():
+            raise MegapromptError(f"{path}: the prompt is empty or not finite; learn it again")
+        text = {name: metadata[name] for name in cls._TEXT}
+        return cls(vectors=vectors, dev_p_at_1=float(metadata["dev_p_at_1"]), path=path, **text)
+
+
+def load_prompts(directory: Path) -> dict[str, SavedPrompt]:
+    """The prompts of a run, or of a directory of prompt files, by relation.
+
+    Raises:
+        UsageError: there are none.
+    """
+    below = directory / "prompts"
+    paths = sorted((below if below.is_dir() else directory).glob("*.safetensors"))
+    if not paths:
+        raise UsageError(f"--prompts {directory}: no *.safetensors there; give a run that has learned prompts")
+    return {prompt.relation: prompt for prompt in map(SavedPrompt.load, paths)}

@@ -1,0 +1,1 @@
+"""Facts of the LAMA family: one token of the vocabulary for an answer."""

@@ -1,0 +1,239 @@
+"""Several processes, real DeepSpeed ZeRO-3 on the CPU: the same prompts as one process, however the work is divided."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megaprompt.run.saved_prompts import load_prompts
+from tests.conftest import PAIRS, TEMPLATES, run_cli, write_facts
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "ds_configs"
+ZERO3 = ("--deepspeed", CONFIGS / "zero3.json")
+CPU_OFFLOAD = ("--deepspeed", CONFIGS / "zero3_cpu_offload.json")
+OPTIONS = ("--learning-rate", "0.003", "--max-epochs", "3")
+
+
+def torchrun(ranks: int) -> tuple[str, ...]:
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+
+
+@pytest.fixture(scope="module")
+def alone(tokenizer, tmp_path_factory):
+    """The options of a run, and its result on one process. Relations differ in size, so that some ranks idle early."""
+    path = tmp_path_factory.mktemp("alone")
+    sizes = {"P36": len(PAIRS["P36"]), "P30": 9, "P17": 5, "P37": 2}
+    for relation, size in sizes.items():
+        pairs = (PAIRS.get(relation) or PAIRS["P36"])[:size]
+        for split in ("train", "dev", "test"):
+            write_facts(path / "data" / "trex" / split / f"{relation}.jsonl", pairs)
+    rows = [{"relation": r, "template": TEMPLATES["P36"], "label": r, "type": "N-1"} for r in sizes]
+    (path / "data" / "relations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(0)
+    config = LlamaConfig(  # parameters of a megabyte, below which DeepSpeed does not swap
+        num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=8, hidden_size=768, intermediate_size=1024,
+        vocab_size=len(tokenizer), max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path / "backbone")
+    tokenizer.save_pretrained(path / "backbone")
+    options = ("--backbone", path / "backbone", "--data", path / "data", *OPTIONS)
+    finished = run_cli("probe", *options, "--out", path / "run")
+    assert finished.returncode == 0, finished.stderr
+    return options, path / "run"
+
+
+def assert_same_run(first: Path, second: Path, tolerance: float = 1e-3) -> dict:
+    prompts, others = load_prompts(first), load_prompts(second)
+    assert set(prompts) == set(others)
+    for name, prompt in prompts.items():
+        error = (prompt.vectors - others[name].vectors).norm() / prompt.vectors.norm()
+        assert error < tolerance, f"{name}: relative error {error:.1e}"
+    results = [json.loads((run / "results.json").read_text()) for run in (first, second)]
+    for name, row in results[0]["methods"]["p-tuning"]["relations"].items():
+        assert results[1]["methods"]["p-tuning"]["relations"][name]["epochs"] == row["epochs"]
+    assert results[0]["methods"]["manual"] == results[1]["methods"]["manual"]
+    return results[1]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "deepspeed", "groups"),
+    [
+        (1, ZERO3, 1), (1, CPU_OFFLOAD, 1),
+        (2, (), 1), (2, ZERO3, 1), (2, ZERO3, 2), (2, CPU_OFFLOAD, 2),
+        (4, ZERO3, 1), (4, ZERO3, 2), (4, ZERO3, 4),
+    ],
+    ids=lambda value: Path(value[1]).stem if value and isinstance(value, tuple) else str(value),
+)  # fmt: skip
+def test_same_prompts_on_any_number_of_ranks_and_groups(alone, tmp_path, ranks, deepspeed, groups):
+    options, expected = alone
+    launcher = torchrun(ranks) if ranks > 1 else (sys.executable,)
+    options = (*options, *deepspeed, "--relation-groups", groups, "--out", tmp_path / "many")
+    finished = run_cli("probe", *options, launcher=launcher)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    results = assert_same_run(expected, tmp_path / "many")
+    assert results["environment"]["world_size"] == ranks
+    sent = results["communication"]["sent_bytes_by_rank"]
+    assert len(sent) == ranks
+    assert all(bool(rank.get("gradients")) == (groups < ranks) for rank in sent)  # none where nobody shares relations
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nvme_offload_gives_the_same_prompts(alone, tmp_path, ranks):
+    options, expected = alone
+    config = json.loads((CONFIGS / "zero3_nvme_offload.json").read_text())
+    config["zero_optimization"]["offload_param"] |= {"nvme_path": str(tmp_path / "nvme"), "buffer_size": 800_000}
+    (tmp_path / "nvme.json").write_text(json.dumps(config))
+    launcher = torchrun(ranks) if ranks > 1 else (sys.executable,)
+    options = (*options, "--deepspeed", tmp_path / "nvme.json", "--out", tmp_path / "run")
+    finished = run_cli("probe", *options, launcher=launcher, timeout=900)  # the operator may have to be built
+    if "libaio" in finished.stderr:
+        pytest.skip("libaio with its headers is not installed")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert_same_run(expected, tmp_path / "run")
+
+    config["zero_optimization"]["offload_param"] |= {"buffer_size": 1000}
+    (tmp_path / "nvme.json").write_text(json.dumps(config))
+    if ranks == 1:
+        finished = run_cli("probe", *options[:-1], tmp_path / "small", launcher=launcher)
+        assert finished.returncode == 2
+        assert "set offload_param.buffer_size to at least" in finished.stderr
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_about_the_same(alone, tmp_path, precision):
+    options, expected = alone
+    options = (*options, "--deepspeed", CONFIGS / f"zero3_{precision}.json", "--out", tmp_path / "half")
+    finished = run_cli("probe", *options)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    results = json.loads((tmp_path / "half" / "results.json").read_text())
+    assert results["backbone"]["dtype"] == {"bf16": "bfloat16", "fp16": "float16"}[precision]
+    lines = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in (expected, tmp_path / "half")]
+    for one, other in zip(*lines, strict=True):
+        assert one["relation"] == other["relation"]
+        assert other["skipped_steps"] <= 4
+        if one["epoch"] == 1:
+            assert abs(one["train_loss"] - other["train_loss"]) < 0.1 * one["train_loss"]
+
+
+def test_resuming_on_another_number_of_ranks(alone, tmp_path):
+    """A checkpoint written on 2 ranks in 2 groups goes on alone, to the same prompts."""
+    options, expected = alone
+    few = (*options[:-1], "3", "--out", tmp_path / "run")
+    script = tmp_path / "stop.py"
+    script.write_text(STOP_AFTER_3)
+    finished = subprocess.run(
+        [*torchrun(2), script, *few, *ZERO3, "--relation-groups", "2"],
+        capture_output=True, text=True, timeout=300, check=False, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "interrupted after step 3" in finished.stderr, finished.stderr
+    resumed = run_cli("probe", "--resume", "--out", tmp_path / "run", "--relation-groups", "1")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(expected, tmp_path / "run")
+
+
+STOP_AFTER_3 = """
+import sys
+from megaprompt.engine import training
+from megaprompt.cli import main
+
+original = training.Trainer.train
+def train(self, allowed, hooks):
+    hooks.should_stop = lambda: self.step == 3
+    return original(self, allowed, hooks)
+training.Trainer.train = train
+sys.exit(main(["probe", *sys.argv[1:]]))
+"""
+
+
+FROZEN = """
+import sys, torch, deepspeed
+from pathlib import Path
+from megaprompt.backbone import load_backbone
+from megaprompt.distributed.launch import joined_world
+from megaprompt.distributed.zero3 import read_deepspeed_config, whole
+from megaprompt.engine.training import Hooks
+from megaprompt.prompting.recipe import Recipe
+from tests.engine.test_training import trainer_for, allowed
+
+with joined_world(force=True) as world:
+    before = dict(load_backbone(sys.argv[1]).named_parameters())
+    backbone = load_backbone(sys.argv[1], deepspeed=read_deepspeed_config(Path(sys.argv[2])).sharding)
+    trainer = trainer_for(backbone, recipe=Recipe(0.01, 0.0, 1.0, batch_size=4, max_epochs=2, patience=9), world=world)
+    owned = {id(p) for l in trainer.learners for g in l.optimizer.param_groups for p in g["params"]}
+    trainer.train(allowed(backbone), Hooks())
+    assert backbone.engine.optimizer.__class__.__name__ == "DeepSpeedZeRoOffload"
+    for name, p in backbone.named_parameters():
+        assert hasattr(p, "ds_id") and not p.requires_grad and p.grad is None and id(p) not in owned, name
+        with whole([p]):
+            assert torch.equal(p, before[name]), name
+    for weight in [l.encoder.embedding.weight.detach() for l in trainer.learners]:
+        other = weight.clone()
+        torch.distributed.broadcast(other, 0)
+        assert torch.equal(other, weight), "replicas of the encoder have drifted apart"
+print(f"rank {world.rank} of {world.size} fine")
+"""
+
+MEMORY = """
+import os, resource, sys, torch
+from pathlib import Path
+from megaprompt.backbone import load_backbone
+from megaprompt.distributed.launch import joined_world
+from megaprompt.distributed.zero3 import read_deepspeed_config
+from megaprompt.prompting.packing import pack
+from megaprompt.prompting.template import Query
+
+with joined_world(force=True) as world:
+    config = read_deepspeed_config(Path(sys.argv[2])).sharding
+    load_backbone(sys.argv[1], deepspeed=config)  # imports, operators, thread pools
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak()
+    backbone = load_backbone(sys.argv[3], deepspeed=config)
+    backbone(pack([Query((1, 2, 3), 2)], 64))
+    grown = peak() - before
+    size = sum(p.ds_numel * p.element_size() for p in backbone.parameters())
+sys.stdout.write(f"grown {grown / size:.3f}\\n")  # in one piece, since four processes write
+"""
+
+
+def run_script(text: str, tmp_path: Path, ranks: int, *args: object) -> str:
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    finished = subprocess.run(
+        [*map(str, (*torchrun(ranks), script, *args))],
+        capture_output=True, text=True, timeout=300, check=False, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+def test_backbone_is_bit_identical_and_owns_nothing_under_zero3(backbone_directory, tmp_path):
+    assert run_script(FROZEN, tmp_path, 2, backbone_directory, ZERO3[1]).count("fine") == 2
+
+
+def test_no_rank_ever_holds_the_whole_backbone(backbone_directory, tokenizer, tmp_path):
+    """Peak resident memory of each of 4 ranks, on a backbone of 0.5 GB: a quarter of it, one layer, and change."""
+    config = LlamaConfig(
+        num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=8, hidden_size=1024, intermediate_size=1536,
+        vocab_size=len(tokenizer), max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    live = json.loads(ZERO3[1].read_text())
+    live["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    (tmp_path / "ds.json").write_text(json.dumps(live))
+    output = run_script(MEMORY, tmp_path, 4, backbone_directory, tmp_path / "ds.json", tmp_path / "backbone")
+    grown = [float(share) for share in re.findall(r"grown (\d+\.\d{3})", output)]
+    assert len(grown) == 4
+    assert max(grown) < 0.6, grown

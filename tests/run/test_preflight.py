@@ -1,0 +1,103 @@
+"""`megaprompt probe --check`: what it finds before anything is loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megaprompt.cli import main
+from tests.conftest import write_facts
+
+
+@pytest.fixture
+def check(backbone_directory, data_directory, tmp_path, capsys):
+    """Check a run on the small model; returns the exit code and what was printed."""
+
+    def run(*args: object) -> tuple[int, str]:
+        options = ("--backbone", backbone_directory, "--data", data_directory, "--out", tmp_path / "run")
+        code = main(["probe", *map(str, (*options, *args)), "--check"])
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+def test_a_run_that_can_start(check, tmp_path):
+    code, printed = check()
+    assert code == 0
+    lines = printed.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["ok", name] for name in ("versions", "options", "backbone", "data", "disk", "memory")
+    ]
+    assert "llama, 2 layers of 32" in printed
+    assert "2 relation(s), 22 train" in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--backbone", "nowhere/at-all"], 2, "WRONG backbone  --backbone nowhere/at-all"),
+        (["--data", "nowhere"], 2, "WRONG data      --data nowhere"),
+        (["--relations", "P36,P99"], 2, "--relations P99: not in data, which has P30, P36"),
+        (["--vocab", "nowhere"], 2, "--vocab nowhere"),
+        (["--template", "[X] <3>"], 2, "WRONG options"),
+        (["--deepspeed", "setup.py"], 2, "--deepspeed setup.py:1: not valid JSON"),
+        (["--out", "setup.py/run"], 1, "WRONG disk      --out setup.py/run: cannot write"),
+        (["--out", "tests"], 2, "--out tests is not empty"),
+        (["--resume"], 2, "holds no run"),
+    ],
+)
+def test_what_is_wrong_is_named(check, monkeypatch, args, code, message):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    found, printed = check(*args)
+    assert found == code
+    assert message in printed
+    assert printed.count("WRONG") == 1
+    assert "1 of 6 checks failed; nothing was started" in printed
+
+
+def test_everything_is_checked_even_after_a_failure(check):
+    code, printed = check("--backbone", "nowhere/at-all", "--data", "nowhere", "--vocab", "none")
+    assert code == 2
+    assert printed.count("WRONG") == 2
+    assert printed.count("\nok ") + printed.startswith("ok ") == 3
+
+
+def test_a_damaged_fact_file(check, data_directory):
+    path = data_directory / "trex" / "dev" / "P36.jsonl"
+    path.write_text(path.read_text() + '{"sub_label": "Denmark"}\n')
+    code, printed = check()
+    assert code == 1
+    assert "P36.jsonl:14:" in printed
+
+
+def test_weights_that_are_cut_off_or_missing(check, backbone_directory, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(backbone_directory, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, printed = check("--backbone", copy)
+    assert code == 2
+    assert "model.safetensors is missing or cut off" in printed
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "part-2.safetensors"}}))
+    assert "part-2.safetensors is missing" in check("--backbone", copy)[1]
+    (copy / "model.safetensors.index.json").unlink()
+    weights.unlink()
+    assert "holds no weights" in check("--backbone", copy)[1]
+
+
+def test_checkpoints_must_fit_on_the_disk(check, monkeypatch, data_directory):
+    def with_free(size: int) -> tuple[int, str]:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, size))
+        return check("--encoder", "none")
+
+    # 2 relations x 6 vectors of 32 numbers, with two averages of Adam, in float32, three times.
+    needed = 2 * 6 * 32 * 3 * 4 * 3
+    assert with_free(needed)[0] == 0
+    code, printed = with_free(needed - 1)
+    assert code == 1
+    assert "free space" in printed
+    write_facts(data_directory / "trex" / "train" / "P17.jsonl", [("Oslo", "Norway")])
+    assert with_free(needed)[0] == 1  # one more relation

@@ -1,0 +1,422 @@
+"""Downloads from a real HTTP server on this machine, which cuts connections and serves what an attacker would."""
+
+import io
+import json
+import stat
+import tarfile
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from megaprompt.cli import main
+from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.tasks import fetch as fetching
+from megaprompt.tasks.fetch import SOURCES, download, extract, fetch
+from megaprompt.tasks.lama.facts import load_data, read_vocabulary
+
+FACT = {"sub_label": "Denmark", "obj_label": "Copenhagen", "uuid": "1", "evidences": [{"masked_sentence": "long"}]}
+RELATION = {"relation": "P36", "template": "The capital of [X] is [Y] .", "label": "capital", "type": "1-1"}
+ELSEWHERE = {"relation": "P999", "template": "[X] [Y]", "label": "not in the data", "type": "N-M"}
+
+
+def lines(*rows) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+LAMA = {
+    "data/TREx/P36.jsonl": lines(FACT, {**FACT, "sub_label": "Åland"}),
+    "data/TREx/._P36.jsonl": b"\0Mac\0",
+    "data/Squad/test.jsonl": lines({"id": "1"}),
+    "data/relations.jsonl": lines(RELATION, ELSEWHERE),
+    "data/picture.png": b"png",
+}
+SPLIT = {f"LAMA/fact-retrieval/original/P36/{split}.jsonl": lines(FACT) for split in ("train", "dev", "test")}
+P_TUNING = {
+    **SPLIT,
+    "LAMA/relations.jsonl": lines(RELATION),
+    "LAMA/29k-vocab.json": json.dumps({"gpt2-xl": ["ĠParis"], "bert-base-cased": {"Paris": 1, "##s": 2}}).encode(),
+    "LAMA/34k-vocab.json": json.dumps({"roberta-large": ["ĠParis", "ĠCopenhagen"]}).encode(),
+}
+
+
+def zipped(files) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    return buffer.getvalue()
+
+
+def tarred(files, *extra: tarfile.TarInfo) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as file:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+        for info in extra:
+            file.addfile(info)
+    return buffer.getvalue()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files`; each of `cuts` ends one answer after so many bytes, each of `refusals` is one status."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.etag = '"1"'
+        self.ranges = self.lengths = True
+        self.cuts: list[int] = []
+        self.refusals: list[int] = []
+        self.asked: list[str] = []  # the Range of each request
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        server, wanted = self.server, self.headers.get("Range", "")
+        server.asked.append(wanted)
+        content = server.files.get(self.path.lstrip("/"))
+        if content is None or server.refusals:
+            return self.send_error(server.refusals.pop(0) if server.refusals else 404)
+        start = 0
+        if server.ranges and wanted and self.headers.get("If-Range", server.etag) == server.etag:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        self.send_header("ETag", server.etag)
+        if server.lengths:
+            self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start : start + server.cuts.pop(0)] if server.cuts else content[start:])
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(fetching, "_RETRY_SECONDS", 0.0)
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+# ------------------------------------------------------------------------------------------------------- whole commands
+
+
+def test_lama(server, tmp_path, capsys):
+    server.files["data.zip"] = zipped(LAMA)
+    out = tmp_path / "data" / "lama"
+    assert main(["data", "fetch", "lama", "--out", str(out), "--url", server.url("data.zip")]) == 0
+    data = load_data(str(out))
+    assert data.relations["P36"].facts == {
+        "train": [],
+        "dev": [],
+        "test": [("Denmark", "Copenhagen"), ("Åland", "Copenhagen")],
+    }
+    assert data.relations["P36"].template == RELATION["template"]
+    assert list(data.relations) == ["P36"]
+    assert "P999" not in (out / "relations.jsonl").read_text()
+    assert json.loads((out / "trex" / "test" / "P36.jsonl").read_text().splitlines()[0]) == {
+        key: value for key, value in FACT.items() if key != "evidences"
+    }
+    assert json.loads((out / "source.json").read_text())["bytes"] == len(server.files["data.zip"])
+    assert list(out.parent.iterdir()) == [out], "the archive is gone"
+    text = capsys.readouterr().out
+    assert "1 relations: 0 train, 0 dev, 2 test facts" in text
+    assert "--methods manual" in text
+
+    assert main(["data", "fetch", "lama", "--out", str(out), "--url", server.url("data.zip")]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_p_tuning_lama_comes_with_its_vocabularies(server, tmp_path, capsys):
+    server.files["x.tar.gz"] = tarred(P_TUNING)
+    out = tmp_path / "p-tuning"
+    assert main(["data", "fetch", "p-tuning-lama", "--out", str(out), "--url", server.url("x.tar.gz")]) == 0
+    data = load_data(str(out))
+    assert {split: len(facts) for split, facts in data.relations["P36"].facts.items()} == {
+        "train": 1,
+        "dev": 1,
+        "test": 1,
+    }
+    assert data.vocabulary is None, "two: the user has to choose"
+    assert read_vocabulary(out / "vocab" / "29k.txt") == ["Paris"]
+    assert read_vocabulary(out / "vocab" / "34k.txt") == ["Paris", "Copenhagen"]
+    assert f"--vocab {out / 'vocab' / '29k.txt'}" in capsys.readouterr().out
+
+
+def test_autoprompt_takes_templates_from_elsewhere(server, tmp_path, capsys):
+    inside = {
+        name.replace("LAMA/fact-retrieval/original", "data/autoprompt_data"): text for name, text in SPLIT.items()
+    }
+    server.files |= {"x.tar.gz": tarred({**inside, "data/LAMA-TREx/P36.jsonl": lines(FACT)})}
+    server.files["relations.jsonl"] = lines(RELATION)
+    source = SOURCES["autoprompt-trex"]._replace(url=server.url("x.tar.gz"))
+    fetch(source._replace(relations_url=server.url("relations.jsonl")), tmp_path / "with")
+    assert load_data(str(tmp_path / "with")).relations["P36"].template == RELATION["template"]
+    assert len(load_data(str(tmp_path / "with")).relations["P36"].facts["train"]) == 1
+
+    arguments = ["--out", str(tmp_path / "without"), "--url", source.url]
+    assert main(["data", "fetch", "autoprompt-trex", *arguments]) == 0
+    assert load_data(str(tmp_path / "without")).relations["P36"].template is None
+    assert "1 of the relations have no manual prompt" in capsys.readouterr().out
+
+
+def test_every_source_has_an_https_address():
+    for source in SOURCES.values():
+        assert source.url.startswith("https://")
+    assert SOURCES["autoprompt-trex"].relations_url in fetching.CHECKSUMS
+
+
+def test_wrong_commands(tmp_path, capsys):
+    assert main(["data", "fetch", "nonsense"]) == 2
+    assert main(["data", "nonsense"]) == 2
+    assert main(["data", "fetch", "lama", "--out", str(tmp_path / "x"), "--url", "archive.zip"]) == 2
+    assert "is no address" in capsys.readouterr().err
+    assert main(["data"]) == 0
+    assert "vocabulary" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------------- downloading
+
+
+def test_a_cut_connection_is_resumed(server, tmp_path):
+    server.files["x"] = content = bytes(range(256)) * 100
+    server.cuts = [10_000, 5_000]
+    download(server.url("x"), tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == content
+    assert server.asked == ["", "bytes=10000-", "bytes=15000-"]
+
+
+def test_a_later_call_goes_on(server, tmp_path):
+    server.files["x"] = content = bytes(range(256)) * 100
+    server.cuts = [10_000] + [0] * 10
+    with pytest.raises(MegapromptError, match=r"stopped after 10000 bytes .*the same command goes on"):
+        download(server.url("x"), tmp_path / "x")
+    server.cuts, server.asked = [], []
+    download(server.url("x"), tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == content
+    assert server.asked == ["bytes=10000-"]
+    download(server.url("x"), tmp_path / "x")
+    assert server.asked == ["bytes=10000-", "bytes=25600-"], "nothing is missing: 416"
+    assert (tmp_path / "x").read_bytes() == content
+
+
+def test_a_server_that_ignores_ranges(server, tmp_path):
+    server.files["x"] = content = bytes(range(256)) * 100
+    server.ranges, server.cuts = False, [10_000]
+    download(server.url("x"), tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == content
+    server.cuts = [10_000] * 20
+    (tmp_path / "x").unlink()
+    server.asked = []
+    with pytest.raises(MegapromptError, match="stopped after 10000 bytes"):
+        download(server.url("x"), tmp_path / "x")
+    assert len(server.asked) < 10, "gives up"
+
+
+def test_parts_of_two_versions_or_files_are_not_joined(server, tmp_path):
+    server.files |= {"x": b"a" * 20_000, "y": b"c" * 20_000}
+    server.cuts = [10_000] + [0] * 10
+    with pytest.raises(MegapromptError):
+        download(server.url("x"), tmp_path / "x")
+    server.cuts, server.etag, server.files["x"] = [], '"2"', b"b" * 20_000
+    download(server.url("x"), tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"b" * 20_000
+    download(server.url("y"), tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"c" * 20_000
+
+
+def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(server, tmp_path):
+    server.files["x"] = b"content"
+    server.refusals = [503, 429]
+    download(server.url("x"), tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"content"
+    server.asked = []
+    with pytest.raises(MegapromptError, match="404"):
+        download(server.url("z"), tmp_path / "z")
+    assert len(server.asked) == 1
+
+
+def test_nobody_answers(server, tmp_path):
+    url = server.url("x")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(MegapromptError, match=r"after 0 bytes .*refused"):
+        download(url, tmp_path / "x")
+
+
+def test_a_wrong_checksum_is_found_and_the_file_deleted(server, tmp_path, monkeypatch):
+    server.files["x"] = b"corrupted"
+    monkeypatch.setitem(fetching.CHECKSUMS, server.url("x"), "0" * 64)
+    with pytest.raises(MegapromptError, match="is not the published one"):
+        download(server.url("x"), tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ archives
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+def zip_link() -> bytes:
+    info = zipfile.ZipInfo("data/TREx/P1.jsonl")
+    info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    return zipped({**LAMA, info: "/etc/passwd"})
+
+
+GOOD_TAR, GOOD_ZIP = tarred(LAMA), zipped(LAMA)
+BAD = {
+    "zip, up": (zipped({**LAMA, "../outside.txt": "x"}), "leads out of it"),
+    "zip, up inside": (zipped({**LAMA, "data/../../outside.txt": "x"}), "leads out of it"),
+    "zip, absolute": (zipped({**LAMA, "/outside.txt": "x"}), "leads out of it"),
+    "zip, backslashes": (zipped({**LAMA, "..\\outside.txt": "x"}), "leads out of it"),
+    "zip, drive": (zipped({**LAMA, "C:outside.txt": "x"}), "leads out of it"),
+    "zip, link": (zip_link(), "link or device"),
+    "tar, up": (tarred(LAMA, member("../outside.txt")), "leads out of it"),
+    "tar, absolute": (tarred(LAMA, member("/tmp/outside.txt")), "leads out of it"),
+    "tar, link": (tarred(LAMA, member("data/a.txt", tarfile.SYMTYPE, "../..")), "link or device"),
+    "tar, hard link": (tarred(LAMA, member("data/a.txt", tarfile.LNKTYPE, "/etc/passwd")), "link or device"),
+    "tar, device": (tarred(LAMA, member("data/a.txt", tarfile.CHRTYPE)), "link or device"),
+    "tar, pipe": (tarred(LAMA, member("data/a.txt", tarfile.FIFOTYPE)), "link or device"),
+    "tar, cut off": (GOOD_TAR[: len(GOOD_TAR) // 2], "damaged or cut off"),
+    "zip, cut off": (GOOD_ZIP[: len(GOOD_ZIP) // 2], "is no zip or tar archive"),
+    "zip, corrupt": (GOOD_ZIP[:50] + b"\xff" * 20 + GOOD_ZIP[70:], "damaged or cut off"),
+    "web page": (b"<html>Sign in</html>", "is no zip or tar archive"),
+    "another data set": (zipped({"other/train.txt": "x"}), "has no directory TREx"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_archives_leave_nothing(server, tmp_path, name):
+    server.files["x"], message = BAD[name]
+    server.lengths = False  # as chunked answers: nothing tells that it was cut off
+    out = tmp_path / "below" / "out"
+    with pytest.raises(MegapromptError, match=message):
+        fetch(SOURCES["lama"]._replace(url=server.url("x")), out)
+    assert not out.exists()
+    assert not list(tmp_path.rglob("outside.txt"))
+    assert not list(tmp_path.rglob("archive")), "it would be taken for a good download"
+    server.files["x"] = GOOD_ZIP
+    fetch(SOURCES["lama"]._replace(url=server.url("x")), out)
+    assert load_data(str(out)).relations["P36"].facts["test"]
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred])
+@pytest.mark.parametrize(("limit", "value"), [("_MAX_UNPACKED", 1_000_000), ("_MAX_FILES", 3)])
+def test_bombs(tmp_path, monkeypatch, pack, limit, value):
+    monkeypatch.setattr(fetching, limit, value)
+    (tmp_path / "archive").write_bytes(pack({f"data/{i}.txt": b"0" * 400_000 for i in range(4)}))
+    assert (tmp_path / "archive").stat().st_size < 10_000
+    with pytest.raises(MegapromptError, match="would take more than"):
+        extract(tmp_path / "archive", tmp_path / "target")
+    assert list((tmp_path / "target").iterdir()) == []
+
+
+def test_a_zip_that_lies_about_sizes(tmp_path):
+    content = bytearray(zipped({"a.txt": b"0" * 100_000}))
+    for signature, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):  # uncompressed size
+        at = content.index(signature) + offset
+        content[at : at + 4] = (10).to_bytes(4, "little")
+    (tmp_path / "archive").write_bytes(content)
+    with pytest.raises(MegapromptError, match="damaged"):
+        extract(tmp_path / "archive", tmp_path / "target")
+    assert sum(path.stat().st_size for path in (tmp_path / "target").iterdir()) <= 10
+
+
+def test_malformed_facts_leave_nothing(server, tmp_path):
+    server.files["x"] = zipped({**LAMA, "data/TREx/P37.jsonl": b'{"sub_label": "Denmark"}\n'})
+    with pytest.raises(MegapromptError, match=r'P37\.jsonl:1: "obj_label" is missing'):
+        fetch(SOURCES["lama"]._replace(url=server.url("x")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_leftovers_of_a_killed_call_do_not_get_in(server, tmp_path):
+    server.files["x"] = GOOD_ZIP
+    work = tmp_path / ".out.partial"
+    for name in ("unpacked", "whole"):
+        (work / name / "trex" / "test").mkdir(parents=True)
+        (work / name / "trex" / "test" / "P1.jsonl").write_text("half")
+    fetch(SOURCES["lama"]._replace(url=server.url("x")), tmp_path / "out")
+    assert list(load_data(str(tmp_path / "out")).relations) == ["P36"]
+
+
+def test_out_cannot_be_made(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MegapromptError, match="cannot write"):
+        fetch(SOURCES["lama"]._replace(url=server.url("x")), tmp_path / "file" / "out")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UsageError, match="exists"):
+        fetch(SOURCES["lama"], tmp_path / "there")
+
+
+# ------------------------------------------------------------------------------------------------------- the model hub
+
+
+@pytest.fixture
+def hub(tmp_path) -> Path:
+    """A data set with the columns of facebook/lama, as `datasets` loads it: a row for each sentence."""
+    from datasets import Dataset
+
+    fact = {
+        "predicate_id": "P36", "uuid": "1", "sub_uri": "Q35", "sub_label": "Denmark", "obj_uri": "Q1748",
+        "obj_label": "Copenhagen", "masked_sentence": "long", "template": "The capital of [X] is [Y] .",
+        "label": "capital", "type": "1-1",
+    }  # fmt: skip
+    other = {**fact, "uuid": "2", "sub_label": "Åland"}
+    third = {**fact, "predicate_id": "P30", "uuid": "3", "obj_label": "Europe", "template": "[X] is in [Y] ."}
+    path = tmp_path / "hub"
+    (path / "trex").mkdir(parents=True)
+    Dataset.from_list([fact, {**fact, "masked_sentence": "another"}, third, other]).to_parquet(
+        path / "trex" / "0.parquet"
+    )
+    (path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: trex\n  data_files:\n  - split: train\n    path: trex/*.parquet\n---\n"
+    )
+    return path
+
+
+def test_lama_from_the_model_hub(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "lama"
+    assert main(["data", "fetch", "lama", "--hub", str(hub), "--out", str(out)]) == 0
+    assert "2 relations: 0 train, 0 dev, 3 test facts" in capsys.readouterr().out
+    data = load_data(str(out))
+    assert [(fact.subject, fact.object) for fact in data.relations["P36"].facts["test"]] == [
+        ("Denmark", "Copenhagen"),
+        ("Åland", "Copenhagen"),
+    ]
+    assert data.relations["P30"].template == "[X] is in [Y] ."
+    assert json.loads((out / "source.json").read_text()) == {"hub": str(hub)}
+    assert main(["data", "fetch", "lama", "--hub", str(hub), "--out", str(out)]) == 2
+
+
+def test_what_the_hub_does_not_have(hub, tmp_path, capsys):
+    (hub / "trex" / "0.parquet").unlink()
+    assert main(["data", "fetch", "lama", "--hub", str(hub), "--out", str(tmp_path / "lama")]) == 1
+    assert f"--hub {hub}: " in capsys.readouterr().err
+    assert not (tmp_path / "lama").exists()
+    assert main(["data", "fetch", "p-tuning-lama", "--hub", str(hub)]) == 2
