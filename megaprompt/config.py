@@ -15,10 +15,8 @@ import tyro
 import yaml
 
 from megaprompt.errors import UsageError
-from megaprompt.methods.autoprompt import Search
 from megaprompt.prompting.packing import ROW_TOKENS, PassSize
 from megaprompt.prompting.prompt_encoder import EncoderKind
-from megaprompt.prompting.recipe import RECIPES, Recipe
 from megaprompt.tasks.lama.facts import Split
 
 Names = Annotated[
@@ -83,7 +81,7 @@ class ProbeConfig:
     """Train each relation for at most so many steps; the learning rate then falls linearly to zero."""
     patience: int | None = None
     """Stop a relation after so many epochs without a better P@1 on dev."""
-    autoprompt_steps: int = Search().steps
+    autoprompt_steps: int = 100
     """Steps of AutoPrompt's search for each relation, in each of which one token may be replaced."""
     fine_tuning_rate: float = 5e-6
     """Adam's learning rate of the two methods that fine-tune. They take batch size, epochs, steps and patience from the
@@ -106,23 +104,22 @@ class ProbeConfig:
     check: bool = False
     """Only see whether the run could start: options, backbone, data, disk, versions. Nothing is loaded or written."""
 
-    def training_recipe(self) -> Recipe:
-        """The recipe that `recipe` names, with the options that were given put in.
+    def recipe_options(self) -> dict[str, Any]:
+        """What was given for the recipe that `recipe` names.
 
         Raises:
             UsageError: a value makes no sense.
         """
-        given = self._given("learning_rate", "weight_decay", "batch_size", "max_epochs", "max_steps", "patience")
-        return dataclasses.replace(RECIPES[self.recipe], **given)
+        return self._given("learning_rate", "weight_decay", "batch_size", "max_epochs", "max_steps", "patience")
 
-    def fine_tuning_recipe(self) -> Recipe:
-        """The recipe of the methods that fine-tune.
+    def fine_tuning_options(self) -> dict[str, Any]:
+        """What was given for the recipe of the methods that fine-tune.
 
         Raises:
             UsageError: a value makes no sense.
         """
         given = self._given("fine_tuning_rate", "batch_size", "max_epochs", "max_steps", "patience")
-        return dataclasses.replace(RECIPES["paper"], learning_rate=given.pop("fine_tuning_rate"), **given)
+        return {"learning_rate": given.pop("fine_tuning_rate"), **given}
 
     def _given(self, *names: str) -> dict[str, Any]:
         given = {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -24,7 +24,7 @@ from megaprompt.prompting.template import Query, TextEncoder
 logger = logging.getLogger(__name__)
 
 
-class Backbone(PackedModel, Tokenization):
+class Backbone(PackedModel):
     """A language model with its tokenizer; frozen, unless it is to be fine-tuned.
 
     `model` is the transformers model; `backbone(batch, prompts)` gives the logits at the batch's targets. Sharding
@@ -39,10 +39,18 @@ class Backbone(PackedModel, Tokenization):
         with whole([weights]):
             self.embedding_statistics = _statistics(weights.detach())
         size = min(len(tokenizer), model.get_output_embeddings().out_features)
-        Tokenization.__init__(self, tokenizer, name, size)
+        self.tokenization = Tokenization(tokenizer, name, size)
         self.fingerprint = fingerprint(model)
 
-    # ---------------------------------------------------------------------------------------------------- tokenization
+    @property
+    def name(self) -> str:
+        """As the user gave it."""
+        return self.tokenization.name
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Tokens that it can answer with."""
+        return self.tokenization.vocabulary_size
 
     def text_encoder(self) -> TextEncoder:
         """What `Template.render` needs: one text at a time, and the special tokens around every text, if any.
@@ -50,18 +58,20 @@ class Backbone(PackedModel, Tokenization):
         Raises:
             MegapromptError: a masked language model whose tokenizer has no mask token.
         """
-        plain = self.tokenizer(WORD, add_special_tokens=False)["input_ids"]
-        special = self.tokenizer(WORD)["input_ids"]
+        tokenization = self.tokenization  # not the weights: what is made here may outlive them
+        plain = tokenization.tokenizer(WORD, add_special_tokens=False)["input_ids"]
+        special = tokenization.tokenizer(WORD)["input_ids"]
         prefix = special[: special.index(plain[0])] if plain[0] in special else []
-        encoder = TextEncoder(lambda text, is_start: self.encode([text], is_start=is_start)[0], tuple(prefix))
+        encoder = TextEncoder(lambda text, is_start: tokenization.encode([text], is_start=is_start)[0], tuple(prefix))
         if self.causal:
             return encoder
-        if self.tokenizer.mask_token_id is None:
+        mask = tokenization.tokenizer.mask_token_id
+        if mask is None:
             raise MegapromptError(
                 f"the tokenizer of {self.name} has no mask token, which a masked language model needs"
             )
         suffix = special[len(prefix) + len(plain) :]
-        return encoder._replace(mask=self.tokenizer.mask_token_id, suffix=tuple(suffix))
+        return encoder._replace(mask=mask, suffix=tuple(suffix))
 
     @torch.no_grad()
     def embeddings(self, tokens: Sequence[int]) -> Tensor:
@@ -94,7 +104,7 @@ class Backbone(PackedModel, Tokenization):
         """
         last = self.text_encoder().mask
         texts = [(*tokens, 17 if last is None else last) for tokens in ((11, 12), (11, 12, 14), (11,))]
-        queries = [Query(tokens, len(tokens) - 1, not self.causal) for tokens in texts]
+        queries = [Query(tokens, (len(tokens) - 1,), bidirectional=not self.causal) for tokens in texts]
         about = f"{self.name} ({self.model.config.model_type})"
         tolerance = 0.05 if self.model.dtype in (torch.float16, torch.bfloat16) else 1e-4
         plain: Tensor | None = None
@@ -102,7 +112,9 @@ class Backbone(PackedModel, Tokenization):
         for row_tokens in (size.row_tokens, None):
             try:
                 if plain is None:
-                    alone = [self(torch.tensor(query.tokens, device=self.device))[query.target] for query in queries]
+                    alone = [
+                        self(torch.tensor(query.tokens, device=self.device))[query.targets[0]] for query in queries
+                    ]
                     plain = torch.stack(alone).float()
                 batch = pack(queries, row_tokens and 64).to(self.device)
                 found = self(batch)[batch.target_of_query].float()

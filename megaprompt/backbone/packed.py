@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,10 @@ class PackedModel(nn.Module):
             return None
         return (inputs[0].flatten(0, 1).index_select(0, self._targets), *inputs[1:])
 
-    def forward(self, batch: PackedBatch | Tensor, prompts: Tensor | None = None) -> Tensor:
-        """Logits [N targets, vocabulary] of a packed batch.
+    def forward(
+        self, batch: PackedBatch | Tensor, prompts: Tensor | None = None, reads: Literal["logits", "hidden"] = "logits"
+    ) -> Tensor:
+        """Logits [N targets, vocabulary] of a packed batch, or the last hidden states [N targets, hidden size].
 
         Args:
             batch: see `prompting.packing`; on this model's device. Or the tokens [T] of one text, which are computed as
@@ -87,6 +89,9 @@ class PackedModel(nn.Module):
                     ~mask, torch.finfo(self.model.dtype).min
                 )
             inputs |= {"attention_mask": mask, "position_ids": positions}
+        if reads == "hidden":
+            states = self.model.base_model(inputs_embeds=embeddings, **inputs)[0]
+            return states.flatten(0, 1).index_select(0, batch.targets)
         self._targets = batch.targets
         try:
             return self.model(inputs_embeds=embeddings, **inputs).logits

@@ -170,6 +170,10 @@ def shard(model: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optim
     return engine
 
 
+def release(model: nn.Module) -> None:
+    """Let go of a module that was sharded."""
+
+
 def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
     """Within this context the parameters can be read, sharded or not. All ranks must enter it together."""
     if not any(hasattr(p, "ds_id") for p in parameters):

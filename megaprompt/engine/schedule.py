@@ -17,10 +17,10 @@ from megaprompt.prompting.packing import PassSize, split_into_passes
 from megaprompt.prompting.template import Query
 
 
-def my_passes(queries: Sequence[Query], world: World, size: PassSize) -> list[list[int]]:
-    """The indices of the queries that this rank of `world` computes, pass by pass."""
-    share = range(world.rank, len(queries), world.size)
-    return [[share[i] for i in indices] for indices in split_into_passes([queries[i] for i in share], size)]
+def my_passes(instances: Sequence[Sequence[Query]], world: World, size: PassSize) -> list[list[int]]:
+    """The indices of the instances, given by their queries, that this rank of `world` computes, pass by pass."""
+    share = range(world.rank, len(instances), world.size)
+    return [[share[i] for i in indices] for indices in split_into_passes([instances[i] for i in share], size)]
 
 
 def padded(passes: list[list[int]], everyone: World) -> list[list[int]]:

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from megaprompt.backbone import Backbone
 from megaprompt.backbone.tokenization import WORD
-from megaprompt.distributed.launch import World
-from megaprompt.engine.evaluation import metrics, predict
-from megaprompt.engine.training import Hooks, Interrupted, backward_passes
+from megaprompt.engine.learner import TrainingSet
+from megaprompt.engine.passes import Questions, Workplace, answers, backward_passes
+from megaprompt.engine.trainer import Hooks, Interrupted
 from megaprompt.errors import MegapromptError
-from megaprompt.prompting.packing import PassSize
-from megaprompt.prompting.template import Query, Template
+from megaprompt.methods.method import Context, Scored, ShouldStop
+from megaprompt.prompting.template import Place, Template
 from megaprompt.seeds import seed_of
-from megaprompt.tasks.task import Examples, Task
+from megaprompt.tasks.task import Instance, Task
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,52 @@ class Search:
 
     steps: int = 100
     candidates: int = 10  # tokens that are tried in a step
-    batch_size: int = 32  # facts for the gradient, and as many others to try candidates on
+    batch_size: int = 32  # examples for the gradient, and as many others to try candidates on
     steps_per_dev: int = 10  # after so many steps the tokens are scored on dev
+
+
+@dataclass(frozen=True)
+class AutoPrompt:
+    """Search for the words of each task, and score the best on test.
+
+    Args:
+        template: its pseudo tokens are the places for words; the paper's if None.
+    """
+
+    search: Search
+    template: str | None = None
+
+    columns = ("autoprompt",)
+
+    def check(self, context: Context) -> None:
+        for task in context.tasks.values():
+            self._template(task, context)
+
+    def _template(self, task: Task, context: Context) -> Template:
+        """The paper's template for fact retrieval has five tokens to find."""
+        fields = " ".join(f"[{name}]" for name in task.fields)
+        return task.template(self.template or f"{fields}<5>[Y]{'' if context.backbone.causal else ' .'}")
+
+    def run(self, context: Context) -> None:
+        def score(task: Task, should_stop: ShouldStop) -> dict[str, Scored]:
+            template = self._template(task, context)
+            train, dev = (task.instances(split, template) for split in ("train", "dev"))
+            data = TrainingSet(task.name, task.objective, template.num_pseudo_tokens, train, dev)
+            given = {text for example in task.examples["train"] for text in (example.answer, *example.candidates)}
+            words = sorted(token for text in given for token in task.encoder.encode(f" {text}", False))
+            at = context.at(task)
+            with context.train_one("autoprompt", task, should_stop, unit="steps") as hooks:
+                found = search(at, data, self.search, answers_of_train=words, seed=context.seed, hooks=hooks)
+            test = filled(task.instances("test", template), found.tokens)
+            row = context.row(task, template, found.dev, tokens=found.tokens, steps=found.step)
+            row["template"] = text_of(template, found.tokens, context.backbone)
+            return {"autoprompt": Scored(row, answers(at, [Questions(test, task.objective)], None)[0])}
+
+        rows = context.each_task(self.columns, score, own_progress=True)
+        context.save_templates("autoprompt", {name: row["template"] for name, row in rows["autoprompt"].items()})
+
+
+# ---------------------------------------------------------------------------------------------------------- the search
 
 
 @dataclass(frozen=True)
@@ -48,144 +92,137 @@ class Found:
     step: int  # after which they were found
 
 
-def default_template(causal: bool) -> Template:
-    """The paper's template for fact retrieval, with five tokens to find."""
-    return Template.parse("[X]<5>[Y]" if causal else "[X]<5>[Y] .")
-
-
-def filled(examples: Examples, tokens: Sequence[int]) -> Examples:
-    """The same queries with tokens in the places of the pseudo tokens."""
-    queries = [q._replace(tokens=tuple(t if t >= 0 else tokens[-1 - t] for t in q.tokens)) for q in examples.queries]
-    return Examples(queries, examples.objects)
+def filled(instances: Sequence[Instance], tokens: Sequence[int]) -> list[Instance]:
+    """The same instances with tokens in the places of the pseudo tokens."""
+    return [
+        each._replace(
+            queries=tuple(
+                query._replace(tokens=tuple(t if t >= 0 else tokens[-1 - t] for t in query.tokens))
+                for query in each.queries
+            )
+        )
+        for each in instances
+    ]
 
 
 def text_of(template: Template, tokens: Sequence[int], backbone: Backbone) -> str:
     """The prompt for people to read, and for `--discrete`; read again, it may be split differently."""
     text, start = "", 0
-    [word] = backbone.encode([WORD], is_start=True)
+    tokenization = backbone.tokenization
+    [word] = tokenization.encode([WORD], is_start=True)
     for piece in template.pieces:
         if isinstance(piece, int):  # behind a word, to see whether the first token goes on with it
-            both = str(backbone.tokenizer.decode([*word, *tokens[start : start + piece]]))
+            both = str(tokenization.tokenizer.decode([*word, *tokens[start : start + piece]]))
             text += both.removeprefix(WORD)
             start += piece
         else:
-            text += piece if piece[0].isspace() else f" {piece}"
+            text += f" {piece}" if isinstance(piece, Place) or not piece[0].isspace() else piece
     return " ".join(text.split())
 
 
-def candidates_of(backbone: Backbone, objects: Iterable[int]) -> Tensor:
+def candidates_of(backbone: Backbone, answers_of_train: Iterable[int]) -> Tensor:
     """Bool [vocabulary] on the CPU: the tokens that may be put into a prompt."""
-    texts = backbone.tokenizer.batch_decode([[token] for token in range(backbone.vocabulary_size)])
+    tokenizer = backbone.tokenization.tokenizer
+    texts = tokenizer.batch_decode([[token] for token in range(backbone.vocabulary_size)])
     words = [text.strip() for text in texts]
     # Broken characters are parts of letters, which no text could hold; brackets would be taken for [X] and [Y].
     good = torch.tensor([bool(w) and not w[0].isupper() and not set(w) & set("\ufffd[]<>") for w in words])
-    good[list(objects)] = False
-    good[[token for token in backbone.tokenizer.all_special_ids if token < len(good)]] = False
+    good[list(answers_of_train)] = False
+    good[[token for token in tokenizer.all_special_ids if token < len(good)]] = False
     return good
 
 
-def _batches(task: Task, size: int, seed: int) -> Iterator[Examples]:
-    """Training facts without end, in an order that is a function of seed, relation and epoch."""
+def _batches(data: TrainingSet, size: int, seed: int) -> Iterator[list[Instance]]:
+    """Training instances without end, in an order that is a function of seed, task and epoch."""
     epoch = 0
     while True:
-        order = list(range(len(task.train)))
-        random.Random(seed_of(seed, task.relation, "autoprompt", epoch)).shuffle(order)
+        order = list(range(len(data.train)))
+        random.Random(seed_of(seed, data.task, "autoprompt", epoch)).shuffle(order)
         for start in range(0, len(order), size):
-            part = order[start : start + size]
-            yield Examples([task.train.queries[i] for i in part], [task.train.objects[i] for i in part])
+            yield [data.train[i] for i in order[start : start + size]]
         epoch += 1
 
 
-def _places(task: Task, seed: int) -> Iterator[int]:
+def _places(data: TrainingSet, seed: int) -> Iterator[int]:
     """Which pseudo token comes next: all of them in a random order, then again."""
-    chance = random.Random(seed_of(seed, task.relation, "places"))
+    chance = random.Random(seed_of(seed, data.task, "places"))
     while True:
-        yield from chance.sample(range(task.num_pseudo_tokens), task.num_pseudo_tokens)
+        yield from chance.sample(range(data.num_pseudo_tokens), data.num_pseudo_tokens)
 
 
-def promising(
-    backbone: Backbone, examples: Examples, tokens: Sequence[int], place: int, *, world: World, size: PassSize
-) -> Tensor:
+def promising(at: Workplace, questions: Questions, tokens: Sequence[int], place: int) -> Tensor:
     """How much each token [vocabulary], put into a place, would lower the mean loss, to first order and up to a
     constant: minus the product of its vector with the gradient at the place."""
-    vectors = backbone.embeddings(tokens).to(backbone.device).requires_grad_()
-    backward_passes(
-        backbone,
-        vectors,
-        examples.queries,
-        examples.objects,
-        torch.full((len(examples),), 1 / len(examples), dtype=torch.float64),
-        lambda loss, last: loss.backward(),
-        world=world,
-        everyone=world,
-        size=size,
-    )
-    assert vectors.grad is not None  # even of a rank without facts: zeros, from its empty passes
-    return -backbone.embedding_products(world.sum_(vectors.grad, "gradients")[place])
+    vectors = at.backbone.embeddings(tokens).to(at.backbone.device).requires_grad_()
+    count = len(questions.instances)
+    weights = torch.full((count,), 1 / count, dtype=torch.float64)
+    backward_passes(at, vectors, [questions], weights, lambda loss, last: loss.backward())
+    assert vectors.grad is not None  # even of a rank without questions: zeros, from its empty passes
+    return -at.backbone.embedding_products(at.world.sum_(vectors.grad, "gradients")[place])
+
+
+@torch.no_grad()
+def losses(at: Workplace, wordings: Sequence[Questions]) -> Tensor:
+    """The mean loss [wordings] of several wordings of the same questions, which are packed together."""
+    count = sum(len(wording.instances) for wording in wordings)
+    found = backward_passes(at, None, wordings, torch.ones(count, dtype=torch.float64), lambda loss, last: None)
+    return found.view(len(wordings), -1).mean(1)
 
 
 def search(
-    backbone: Backbone,
-    task: Task,
+    at: Workplace,
+    data: TrainingSet,
     settings: Search,
     *,
-    allowed: Tensor,
+    answers_of_train: Iterable[int],
     seed: int,
-    size: PassSize,
-    world: World,
     hooks: Hooks,
 ) -> Found:
-    """Search for the tokens of one relation. All ranks call it together, and share the facts of every batch.
+    """Search for the tokens of one task. All ranks call it together, and share the questions of every batch.
 
     Args:
-        task: the pseudo tokens of its queries are the places.
-        allowed: bool [vocabulary], the tokens that count as answers on dev.
+        data: the pseudo tokens of its queries are the places.
+        answers_of_train: tokens that may not be put into the prompt.
 
     Raises:
-        MegapromptError: there are no facts to search with, or no places.
+        MegapromptError: there are no places for tokens, or no tokens for them.
         Interrupted: `hooks.should_stop` said so on some rank.
     """
-    if not len(task.train) or not len(task.dev) or not task.num_pseudo_tokens:
-        raise MegapromptError(f"relation {task.relation}: AutoPrompt needs facts in train and dev, and pseudo tokens")
-    candidates = candidates_of(backbone, task.train.objects)
+    if not data.num_pseudo_tokens:
+        raise MegapromptError(f"relation {data.task}: AutoPrompt needs pseudo tokens in --template")
+    candidates = candidates_of(at.backbone, answers_of_train)
     if not candidates.any():
-        raise MegapromptError(f"{backbone.name} has no token that AutoPrompt could put into a prompt")
-    mask = backbone.text_encoder().mask
-    tokens = [backbone.encode([" the"], is_start=False)[0][0] if mask is None else mask] * task.num_pseudo_tokens
-    batches, places = _batches(task, settings.batch_size, seed), _places(task, seed)
+        raise MegapromptError(f"{at.backbone.name} has no token that AutoPrompt could put into a prompt")
+    mask = at.backbone.text_encoder().mask
+    the = at.backbone.tokenization.encode([" the"], is_start=False)[0][0] if mask is None else mask
+    tokens = [the] * data.num_pseudo_tokens
+    batches, places = _batches(data, settings.batch_size, seed), _places(data, seed)
     best: Found | None = None
     tested: list[int] = []
     for step in range(1, settings.steps + 1):
         place = next(places)
-        gains = promising(backbone, next(batches), tokens, place, world=world, size=size).cpu()
+        gains = promising(at, Questions(next(batches), data.objective), tokens, place).cpu()
         gains = gains.masked_fill(~candidates, -torch.inf)
         tried = gains.topk(min(settings.candidates, int(candidates.sum()))).indices.tolist()
         choices = [tokens] + [[*tokens[:place], token, *tokens[place + 1 :]] for token in tried]
-        facts = next(batches)
-        loss = losses(backbone, [filled(facts, choice) for choice in choices], allowed, world=world, size=size)
+        batch = next(batches)
+        loss = losses(at, [Questions(filled(batch, choice), data.objective) for choice in choices])
         tokens = choices[int(loss.argmin())]
         if (step % settings.steps_per_dev == 0 or step == settings.steps) and tokens != tested:
             tested = tokens
-            dev = filled(task.dev, tokens)
-            rank = predict(backbone, dev.queries, dev.objects, None, allowed=allowed, world=world, size=size).rank
-            scores = metrics(rank)
-            better = best is None or (scores["p_at_1"], scores["mrr"]) > (best.dev["p_at_1"], best.dev["mrr"])
-            if better:
-                best = Found(tokens, scores, step)
-            about = {"relation": task.relation, "step": step, "loss": loss.min().item(), "best": better}
-            hooks.log({**about, **{f"dev_{name}": scores[name] for name in ("p_at_1", "mrr")}, "tokens": tokens})
+            found = _scored(at, data, tokens, step)
+            selects = data.objective.selects
+            better = best is None or [found.dev[n] for n in selects] > [best.dev[n] for n in selects]
+            best = found if better else best
+            about = {"relation": data.task, "step": step, "loss": loss.min().item(), "best": better}
+            hooks.log({**about, **{f"dev_{name}": found.dev[name] for name in selects}, "tokens": tokens})
         hooks.progress(step, settings.steps, step)
-        if world.max_(torch.tensor(int(hooks.should_stop())), "schedule"):
-            raise Interrupted(f"interrupted; continue with --resume, which searches {task.relation} from its start")
+        if at.world.max_(torch.tensor(int(hooks.should_stop())), "schedule"):
+            raise Interrupted(f"interrupted; continue with --resume, which searches {data.task} from its start")
     assert best is not None
     return best
 
 
-def losses(
-    backbone: Backbone, wordings: Sequence[Examples], allowed: Tensor, *, world: World, size: PassSize
-) -> Tensor:
-    """The mean loss [wordings] of several wordings of the same facts, which are packed together."""
-    queries: list[Query] = [query for wording in wordings for query in wording.queries]
-    objects = [token for wording in wordings for token in wording.objects]
-    found = predict(backbone, queries, objects, None, allowed=allowed, world=world, size=size)
-    return -found.log_probability.view(len(wordings), -1).mean(1)
+def _scored(at: Workplace, data: TrainingSet, tokens: list[int], step: int) -> Found:
+    [found] = answers(at, [Questions(filled(data.dev, tokens), data.objective)], None)
+    return Found(tokens, data.objective.measure(found, data.dev), step)

@@ -1,6 +1,6 @@
 """Discrete prompts from files: mined or paraphrased by others (LPAQA), found by search (AutoPrompt), or hand-written.
 
-A file has a line of JSON for each prompt, with `relation`, `template` ([X] and [Y]) and perhaps `weight`; a directory
+A file has a line of JSON for each prompt, with `relation`, `template` and perhaps `weight`; a directory
 has such a file for each relation, P36.jsonl, which need not repeat its name. Scored are, as in LPAQA (arXiv 1911.12543,
 section 4): the prompt that is best on the training facts, and, of several, all together, by the weighted mean of their
 log-probabilities (equal weights if none are given).
@@ -8,28 +8,31 @@ log-probabilities (equal weights if none are given).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from megaprompt.engine.passes import Questions, answers, joint_answers
 from megaprompt.errors import UsageError
 from megaprompt.files import read_jsonl
-from megaprompt.prompting.template import Template
+from megaprompt.methods.method import Context, Scored, ShouldStop
+from megaprompt.prompting.template import FACT, Template
+from megaprompt.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class DiscretePrompt:
-    """One wording of a relation."""
+    """One wording of a task, in the notation of templates."""
 
-    template: Template
+    text: str
     weight: float = 1.0
 
 
-def read_discrete_prompts(path: Path) -> dict[str, list[DiscretePrompt]]:
-    """The prompts of each relation.
+def read_discrete_prompts(path: Path, fields: Sequence[str] = FACT) -> dict[str, list[DiscretePrompt]]:
+    """The prompts of each task, whose templates have these fields.
 
     Raises:
-        UsageError: there are none, or one has no place for subject or object.
+        UsageError: there are none, or one is no template, or has pseudo tokens.
         MegapromptError: a file cannot be read.
     """
     paths = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
@@ -37,10 +40,11 @@ def read_discrete_prompts(path: Path) -> dict[str, list[DiscretePrompt]]:
     for file in paths:
         for number, row in read_jsonl(file, required=("template",)):
             try:
-                prompt = DiscretePrompt(Template.parse(row["template"]), float(row.get("weight", 1.0)))
+                template = Template.parse(row["template"], fields)
+                prompt = DiscretePrompt(template.text, float(row.get("weight", 1.0)))
             except (ValueError, TypeError, UsageError) as error:
                 raise UsageError(f"--discrete {file}:{number}: {error}") from error
-            if prompt.template.num_pseudo_tokens:
+            if template.num_pseudo_tokens:
                 raise UsageError(f"--discrete {file}:{number}: has pseudo tokens, which no file can hold")
             found.setdefault(row.get("relation") or file.stem, []).append(prompt)
     if not found:
@@ -48,10 +52,78 @@ def read_discrete_prompts(path: Path) -> dict[str, list[DiscretePrompt]]:
     return found
 
 
-def usable_prompts(prompts: Sequence[DiscretePrompt], fits: Callable[[Template], bool]) -> list[DiscretePrompt]:
+def usable_prompts(prompts: Sequence[DiscretePrompt], fits: Callable[[str], bool]) -> list[DiscretePrompt]:
     """The prompts that a backbone can read, each wording once, with weights that add up to 1."""
-    distinct = list({prompt.template.text: prompt for prompt in prompts if fits(prompt.template)}.values())
+    distinct = list({prompt.text: prompt for prompt in prompts if fits(prompt.text)}.values())
     total = sum(prompt.weight for prompt in distinct)
     if total <= 0:
-        return [DiscretePrompt(prompt.template, 1 / len(distinct)) for prompt in distinct]
-    return [DiscretePrompt(prompt.template, prompt.weight / total) for prompt in distinct]
+        return [DiscretePrompt(prompt.text, 1 / len(distinct)) for prompt in distinct]
+    return [DiscretePrompt(prompt.text, prompt.weight / total) for prompt in distinct]
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """Score the prompt that is best on train and, if a task has several, all together.
+
+    A task without any prompt that the backbone can read (causal ones cannot if a field is behind [Y]) gets its manual
+    one.
+
+    Args:
+        name: what the prompts are called.
+        prompts: by task.
+    """
+
+    name: str
+    prompts: Mapping[str, Sequence[DiscretePrompt]] = field(repr=False)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        several = any(len(prompts) > 1 for prompts in self.prompts.values())
+        return (f"{self.name} best", f"{self.name} ensemble") if several else (self.name,)
+
+    def check(self, context: Context) -> None:
+        for task in context.tasks.values():
+            if not self._usable(task):
+                _ = task.manual_template
+
+    def _usable(self, task: Task) -> list[DiscretePrompt]:
+        fields = dict.fromkeys(task.fields, "subject")
+
+        def fits(text: str) -> bool:
+            try:
+                return bool(task.template(text).render(fields, task.encoder).tokens)
+            except UsageError:
+                return False
+
+        return usable_prompts(self.prompts.get(task.name, ()), fits)
+
+    def run(self, context: Context) -> None:
+        best_column, *joint_column = self.columns
+
+        def score(task: Task, _: ShouldStop) -> dict[str, Scored]:
+            found = self._usable(task)
+            wordings = found or [DiscretePrompt(task.manual_template.text)]
+            templates = [task.template(prompt.text) for prompt in wordings]
+            best = templates[_best_on_train(context, task, templates)]
+            row = context.row(task, best, prompts=len(found))
+            scored = {best_column: Scored(row, context.answer(task, best, "test"))}
+            for column in joint_column:
+                scored[column] = scored[best_column]
+                if len(wordings) > 1:
+                    test = [task.instances("test", template) for template in templates]
+                    weights = [prompt.weight for prompt in wordings]
+                    together = joint_answers(context.at(task), test, weights, task.objective)
+                    scored[column] = Scored(row | {"template": f"{len(wordings)} prompts"}, together)
+            return scored
+
+        context.each_task(self.columns, score, title=self.name)
+
+
+def _best_on_train(context: Context, task: Task, templates: Sequence[Template]) -> int:
+    """Which of the prompts is best on the training examples of a task, by the metrics that choose."""
+    if len(templates) == 1:
+        return 0
+    wordings = [Questions(task.instances("train", template), task.objective) for template in templates]
+    found = answers(context.at(task), wordings, None)  # all at once, since they share beginnings
+    scores = [context.measure(task, "train", each) for each in found]
+    return max(range(len(scores)), key=lambda i: [scores[i][name] for name in task.objective.selects])

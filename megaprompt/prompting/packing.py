@@ -27,7 +27,7 @@ and the padding's mask, nothing else: `row_tokens=None`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ class PackedBatch:
     pseudo_positions: Tensor  # [S] int64; where pseudo tokens stand, as indices into R*T
     pseudo_indices: Tensor  # [S] int64; which row of the prompt matrix stands there
     targets: Tensor  # [N] int64; where the objects are predicted, as indices into R*T
-    target_of_query: Tensor  # [Q] int64; which of the N targets belongs to each query
+    target_of_query: Tensor  # [Q] int64; which of the N targets each query reads; one after the other if it has several
 
     def attention_mask(self) -> Tensor:
         """Boolean [R, 1, T, T]: True where the query position (dim 2) attends to the key position (dim 3)."""
@@ -81,7 +81,7 @@ class _Row:
         self.visible_from: list[int] = []
         self.visible_until: list[int] = []
         self.path: list[int] = []  # positions of the nodes from the root to the newest one
-        self.ends: list[tuple[int, int]] = []  # (query, position of its target)
+        self.ends: list[tuple[int, list[int]]] = []  # (query, positions of its targets)
         self.newest: Query | None = None
 
     def cost(self, query: Query) -> int:
@@ -111,13 +111,13 @@ class _Row:
             self.visible_until.append(0)
         for position in self.path:
             self.visible_until[position] = len(self.tokens)
-        self.ends.append((number, self.path[query.target]))
+        self.ends.append((number, [self.path[target] for target in query.targets]))
         if query.bidirectional:  # what a token is depends on all others: nothing to share
             self.path.clear()
 
 
-def _fill_rows(queries: Sequence[Query], order: Sequence[int], row_tokens: int) -> list[_Row]:
-    rows: list[_Row] = []
+def _fill_rows(rows: list[_Row], queries: Sequence[Query], order: Iterable[int], row_tokens: int) -> list[_Row]:
+    """Add queries to the rows, in this order; the last row is filled first."""
     for index in order:
         cost = rows[-1].cost(queries[index]) if rows else 0
         if not rows or (cost and len(rows[-1].tokens) + cost > row_tokens):
@@ -139,26 +139,35 @@ class PassSize:
     pass_tokens: int = 1024
 
 
-def split_into_passes(queries: Sequence[Query], size: PassSize) -> list[list[int]]:
-    """Cut queries into passes of the given size.
+def split_into_passes(instances: Sequence[Sequence[Query]], size: PassSize) -> list[list[int]]:
+    """Cut instances, of one or more queries each, into passes of the given size.
 
-    Returns the indices of the queries of each pass, sorted so that common prefixes meet. A query longer than a row gets
-    a row of its own.
+    Returns the indices of the instances of each pass, sorted so that common prefixes meet. The queries of an instance
+    stay together, since its loss is made of all of them. A query longer than a row gets a row of its own, an instance
+    larger than a pass a pass of its own.
     """
+    passes: list[list[int]] = []
     if size.row_tokens is None:
-        passes: list[list[int]] = []
-        for i in sorted(range(len(queries)), key=lambda i: len(queries[i].tokens)):  # the last is the longest
-            if not passes or (len(passes[-1]) + 1) * len(queries[i].tokens) > size.pass_tokens:
+        longest = [max(len(query.tokens) for query in queries) for queries in instances]
+        rows = 0  # of the pass
+        for i in sorted(range(len(instances)), key=lambda i: longest[i]):  # the last is the longest
+            rows += len(instances[i])
+            if not passes or rows * longest[i] > size.pass_tokens:
                 passes.append([])
+                rows = len(instances[i])
             passes[-1].append(i)
         return passes
-    order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
-    rows = _fill_rows(queries, order, size.row_tokens)
     rows_per_pass = max(1, size.pass_tokens // size.row_tokens)
-    return [
-        [query for row in rows[start : start + rows_per_pass] for query, _ in row.ends]
-        for start in range(0, len(rows), rows_per_pass)
-    ]
+    ordered = [sorted(queries, key=lambda query: query.tokens) for queries in instances]
+    filled: list[_Row] = []
+    for i in sorted(range(len(instances)), key=lambda i: ordered[i][0].tokens):
+        _fill_rows(filled, ordered[i], range(len(ordered[i])), size.row_tokens)
+        if not passes or len(filled) > rows_per_pass:
+            passes.append([])
+            filled = []
+            _fill_rows(filled, ordered[i], range(len(ordered[i])), size.row_tokens)
+        passes[-1].append(i)
+    return passes
 
 
 def pack(queries: Sequence[Query], row_tokens: int | None) -> PackedBatch:
@@ -170,13 +179,13 @@ def pack(queries: Sequence[Query], row_tokens: int | None) -> PackedBatch:
     to take part in a collective pass.
     """
     order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
-    rows = _fill_rows(queries, order, row_tokens or 0) or [_Row()]
+    rows = _fill_rows([], queries, order, row_tokens or 0) or [_Row()]
     if len(rows) > 1 and row_tokens is not None:
         # Even rows: with as many rows as needed, the smallest width that holds everything leaves the least padding.
         low, high = max(len(q.tokens) for q in queries), max(len(row.tokens) for row in rows)
         while low < high:
             middle = (low + high) // 2
-            narrower = _fill_rows(queries, order, middle)
+            narrower = _fill_rows([], queries, order, middle)
             if len(narrower) <= len(rows):
                 rows, high = narrower, middle
             else:
@@ -186,7 +195,7 @@ def pack(queries: Sequence[Query], row_tokens: int | None) -> PackedBatch:
     token_ids, position_ids, visible_from, visible_until = [], [], [], []
     pseudo_positions, pseudo_indices = [], []
     targets: dict[int, int] = {}
-    target_of_query = [0] * len(queries)
+    targets_of: list[list[int]] = [[]] * len(queries)
     for r, row in enumerate(rows):
         length, padding = len(row.tokens), width - len(row.tokens)
         token_ids.append([max(token, 0) for token in row.tokens] + [0] * padding)
@@ -197,8 +206,8 @@ def pack(queries: Sequence[Query], row_tokens: int | None) -> PackedBatch:
             if token < 0:
                 pseudo_positions.append(r * width + position)
                 pseudo_indices.append(-1 - token)
-        for query, position in row.ends:
-            target_of_query[query] = targets.setdefault(r * width + position, len(targets))
+        for query, positions in row.ends:
+            targets_of[query] = [targets.setdefault(r * width + position, len(targets)) for position in positions]
     return PackedBatch(
         one_by_one=row_tokens is None,
         token_ids=torch.tensor(token_ids),
@@ -208,5 +217,5 @@ def pack(queries: Sequence[Query], row_tokens: int | None) -> PackedBatch:
         pseudo_positions=torch.tensor(pseudo_positions, dtype=torch.int64),
         pseudo_indices=torch.tensor(pseudo_indices, dtype=torch.int64),
         targets=torch.tensor(list(targets), dtype=torch.int64),
-        target_of_query=torch.tensor(target_of_query, dtype=torch.int64),
+        target_of_query=torch.tensor([target for each in targets_of for target in each], dtype=torch.int64),
     )

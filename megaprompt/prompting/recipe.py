@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,8 @@ RECIPES = {
     ),
 }
 """`paper` is what the code of the paper sets; `fast` was chosen on dev (see the README)."""
+
+
+def chosen(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """A recipe with the options that were given (not None) put in."""
+    return dataclasses.replace(recipe, **{name: value for name, value in options.items() if value is not None})

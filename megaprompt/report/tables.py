@@ -85,7 +85,7 @@ def read_run(path: Path) -> Run:
         options = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (ValueError, yaml.YAMLError) as error:
         raise MegapromptError(f"{file}: is damaged ({' '.join(str(error).split())}); run the probe again") from error
-    if not isinstance(results, dict) or results.get("format") != 1:
+    if not isinstance(results, dict) or (results.get("format") != 1 and results.get("schema") != 2):
         raise MegapromptError(f"{path / 'results.json'}: was not written by this version of megaprompt; run it again")
     return Run(path, results, log, options if isinstance(options, dict) else {})
 

@@ -136,7 +136,11 @@ class Workload:
         before, after = ((-1, -2, -3), (-4, -5, -6)) if self.method == "p-tuning" else ((3, 4, 5), (6, 7, 8))
         mask = () if self.causal else (9,)
         return [
-            Query((*before, 9 + i % 251, 9 + i // 251, 9 + i % 7, *after, *mask), 8 + len(mask), not self.causal)
+            Query(
+                (*before, 9 + i % 251, 9 + i // 251, 9 + i % 7, *after, *mask),
+                (8 + len(mask),),
+                bidirectional=not self.causal,
+            )
             for i in range(count)
         ]
 
@@ -149,7 +153,7 @@ class Workload:
             for relation in range(relations)
             for query in self.queries(each)
         ]
-        return [many[i] for i in split_into_passes(many, self.size)[0]]
+        return [many[i] for i in split_into_passes([(query,) for query in many], self.size)[0]]
 
 
 def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Profile:

@@ -11,13 +11,16 @@ from megaprompt.backbone import Backbone, dtype_of, load_backbone
 from megaprompt.config import AskConfig, EvaluateConfig
 from megaprompt.console import progress
 from megaprompt.distributed.launch import World
-from megaprompt.engine.evaluation import metrics, predict, summarize
+from megaprompt.engine.passes import Questions, Workplace, answers
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.template import Template
+from megaprompt.run.averages import summarize
 from megaprompt.run.saved_prompts import SavedPrompt, load_prompts
 from megaprompt.tasks.lama.facts import load_data
-from megaprompt.tasks.lama.usable_facts import load_vocabulary, usable_relations
+from megaprompt.tasks.lama.one_token import OneToken
+from megaprompt.tasks.lama.questions import lama_tasks, load_vocabulary
+from megaprompt.tasks.task import Instance
 
 
 def _backbone_for(prompts: Mapping[str, SavedPrompt], name: str | None, dtype: str | None) -> Backbone:
@@ -52,8 +55,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     prompts = {name: prompts[name] for name in config.relations or prompts}
     data = load_data(config.data or next(iter(prompts.values())).data)
     backbone = _backbone_for(prompts, config.backbone, config.dtype)
-    vocabulary = load_vocabulary(config.vocab, data, backbone)
-    relations = usable_relations(
+    vocabulary = load_vocabulary(config.vocab, data, backbone.tokenization)
+    tasks = lama_tasks(
         data,
         backbone,
         vocabulary,
@@ -63,32 +66,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         seed=config.seed,
     )
     rows, size = {}, backbone.exact_size(PassSize())
-    with progress("evaluate", sum(len(r.facts[config.split]) for r in relations.values())) as update:
+    with progress("evaluate", sum(len(task.examples[config.split]) for task in tasks.values())) as update:
         done = 0
-        for name, usable in relations.items():
-            template = Template.parse(prompts[name].template)
-            examples = usable.examples(config.split, template, backbone)
-            vectors = prompts[name].vectors.to(backbone.device)
-            found = predict(
-                backbone,
-                examples.queries,
-                examples.objects,
-                vectors,
-                allowed=vocabulary.allowed,
-                world=World(device=backbone.device),
-                size=size,
-            )
+        for name, task in tasks.items():
+            template, examples = task.template(prompts[name].template), task.examples[config.split]
+            at = Workplace.shared(backbone, size, World(device=backbone.device), task.objective)
+            questions = Questions(task.instances(config.split, template), task.objective)
+            [found] = answers(at, [questions], prompts[name].vectors.to(backbone.device))
             rows[name] = {
-                "label": usable.relation.label,
-                "type": usable.relation.type,
+                "label": task.label,
+                "type": task.type,
                 "facts": len(examples),
                 "template": template.text,
-                **metrics(found.rank),
+                **task.objective.measure(found, examples),
             }
             done += len(examples)
             update(done)
     about = {"split": config.split, "data": data.name, "vocabulary": vocabulary.name}
-    return {**about, "relations": rows, **summarize(rows)}
+    return {**about, "relations": rows, **summarize(rows, list(OneToken.metrics))}
 
 
 def ask(config: AskConfig) -> list[tuple[str, float]]:
@@ -106,16 +101,10 @@ def ask(config: AskConfig) -> list[tuple[str, float]]:
         raise UsageError(f"--relation {name}: no prompt in {config.prompts}, which has {', '.join(prompts)}")
     prompt = prompts[name]
     backbone = _backbone_for({name: prompt}, config.backbone, config.dtype)
-    query = Template.parse(prompt.template).render(config.subject, backbone.text_encoder())
-    found = predict(
-        backbone,
-        [query],
-        [0],
-        prompt.vectors.to(backbone.device),
-        allowed=torch.ones(backbone.vocabulary_size, dtype=torch.bool),
-        world=World(device=backbone.device),
-        size=backbone.exact_size(PassSize()),
-        top=config.top,
-    )
-    answers = [backbone.text_of(token) for token in found.top_tokens[0].tolist()]
-    return list(zip(answers, found.top_log_probability[0].exp().tolist(), strict=True))
+    everything = torch.ones(backbone.vocabulary_size, dtype=torch.bool)
+    objective = OneToken(everything, backbone.tokenization.text_of, config.top)
+    query = Template.parse(prompt.template).render({"X": config.subject}, backbone.text_encoder())
+    at = Workplace.shared(backbone, backbone.exact_size(PassSize()), World(device=backbone.device), objective)
+    [found] = answers(at, [Questions([Instance((query,), 0)], objective)], prompt.vectors.to(backbone.device))
+    best = [backbone.tokenization.text_of(token) for token in found["top_tokens"][0].tolist()]
+    return list(zip(best, found["top_log_probability"][0].exp().tolist(), strict=True))

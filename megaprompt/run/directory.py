@@ -14,25 +14,21 @@ report.html, *.png          see `report`
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megaprompt.config import ProbeConfig, from_yaml, to_yaml
-from megaprompt.distributed.launch import World
-from megaprompt.errors import MegapromptError, UsageError
-from megaprompt.files import sync_directory, write_file
+from megaprompt.errors import UsageError
+from megaprompt.files import write_file
 
 logger = logging.getLogger(__name__)
+
+SCHEMA = 2
+"""Of results.json and of the lines of predictions."""
 
 _MAY_CHANGE = {"out", "resume", "check", "deepspeed", "relation_groups", "row_tokens", "pass_tokens"}
 """Options that do not change results (beyond rounding), so a resumed run may have others."""
@@ -92,11 +88,11 @@ class RunDirectory:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_file(self.path / "predictions" / f"{relation}.jsonl", text.encode())
 
-    def write_discrete(self, templates: Mapping[str, str]) -> None:
-        """The prompts that were found, by relation, as `--discrete` reads them."""
+    def write_templates(self, name: str, templates: Mapping[str, str]) -> None:
+        """Templates that were found, by task, as `--discrete` reads them."""
         rows = ({"relation": relation, "template": template} for relation, template in templates.items())
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_file(self.path / "autoprompt.jsonl", text.encode())
+        write_file(self.path / f"{name}.jsonl", text.encode())
 
     # ------------------------------------------------------------------------------------------------------------- log
 
@@ -113,126 +109,19 @@ class RunDirectory:
         path = self.path / "log.jsonl"
         return path.stat().st_size if path.exists() else 0
 
+    def forget(self, method: str, task: str) -> None:
+        """Leave out the log lines of a method about a task: it is done again from its start."""
+        lines = self.read_log()
+        kept = [line for line in lines if (line.get("method"), line["relation"]) != (method, task)]
+        if len(kept) < len(lines):
+            write_file(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
     def truncate_log(self, size: int) -> None:
         """Forget log lines after `size` bytes: they belong to steps that will be taken again."""
         if self.log_size() > size:
             os.truncate(self.path / "log.jsonl", size)
 
-    # ------------------------------------------------------------------------------------------------------ checkpoint
-
-    def save_checkpoint(
-        self, world: World, step: int, states: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]
-    ) -> None:
-        """Write a checkpoint; all ranks call it together, each with the states of other relations (or none).
-
-        It is written aside and renamed when everything is on the disk; only then older ones than the two newest go.
-
-        Args:
-            about: JSON-ready, the same on all ranks; `load_checkpoint` gives it back.
-
-        Raises:
-            MegapromptError: on all ranks, if one cannot write. The older checkpoints are still there.
-        """
-        target = self.path / "state" / f"step-{step:08}"
-        scratch = target.with_name(f".{target.name}.partial")
-        failure: str | None = None
-        digests: dict[str, str] = {}
-        try:
-            if world.is_main:
-                for old in scratch.parent.glob(".*.partial"):  # of a run that was killed meanwhile
-                    shutil.rmtree(old, ignore_errors=True)
-                scratch.mkdir(parents=True)
-        except OSError as error:
-            failure = f"{error.strerror or error}"
-        world.barrier()
-        try:
-            for relation, state in states.items():
-                buffer = io.BytesIO()
-                torch.save(dict(state), buffer)
-                write_file(scratch / f"{relation}.pt", buffer.getvalue())
-                digests[relation] = hashlib.sha256(buffer.getvalue()).hexdigest()
-        except MegapromptError as error:
-            failure = failure or str(error)
-        reports = world.gather((digests, failure))
-        if world.is_main and not any(why for _, why in reports):
-            files = {relation: digest for part, _ in reports for relation, digest in part.items()}
-            manifest = {"format": CHECKPOINT_FORMAT, "step": step, "files": files, "about": dict(about)}
-            try:
-                write_file(scratch / "manifest.json", json.dumps(manifest, indent=1).encode())
-                if target.exists():  # the same step again, after a resume
-                    shutil.rmtree(target)
-                os.rename(scratch, target)
-                sync_directory(target.parent)
-                for old in self._checkpoints()[_KEPT:]:
-                    shutil.rmtree(old, ignore_errors=True)
-            except (OSError, MegapromptError) as error:
-                failure = str(error)
-        failures = [why for why in world.gather(failure) if why]
-        if failures:
-            if world.is_main:
-                shutil.rmtree(scratch, ignore_errors=True)
-            raise MegapromptError(f"cannot write a checkpoint ({failures[0]}); the older ones are kept")
-
-    def _checkpoints(self) -> list[Path]:
-        """Complete checkpoints, newest first."""
-        return sorted((self.path / "state").glob("step-*"), reverse=True)
-
-    def load_checkpoint(self, world: World) -> Checkpoint | None:
-        """The newest checkpoint whose checksums are right, the same on all ranks; None if there is none at all.
-
-        Raises:
-            MegapromptError: all are damaged, or this version cannot read them.
-        """
-        found: tuple[Path, dict[str, Any]] | str | None = None
-        if world.is_main:
-            paths = self._checkpoints()
-            for path in paths:
-                try:
-                    found = (path, _verified_manifest(path))
-                    break
-                except MegapromptError as error:
-                    logger.warning("%s; trying an older checkpoint", error)
-                    found = f"no checkpoint in {self.path / 'state'} can be used; delete it to train from the start"
-        found = world.gather(found)[0]
-        if isinstance(found, str):
-            raise MegapromptError(found)
-        return None if found is None else Checkpoint(found[0], found[1]["step"], found[1]["about"])
-
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a file, or none; an answer may hold what `splitlines` takes for the end of a line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
-
-
-CHECKPOINT_FORMAT = 2
-_KEPT = 2  # checkpoints
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A verified checkpoint."""
-
-    path: Path
-    step: int
-    about: dict[str, Any]
-
-    def read(self, relation: str) -> dict[str, Any]:
-        """The state of one relation."""
-        return torch.load(self.path / f"{relation}.pt", weights_only=True, map_location="cpu")
-
-
-def _verified_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != CHECKPOINT_FORMAT:
-            raise MegapromptError(f"{path} was written by another version of megaprompt")
-        for relation, digest in manifest["files"].items():
-            with (path / f"{relation}.pt").open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    raise MegapromptError(f"{path}/{relation}.pt is damaged (wrong checksum)")
-    except (OSError, ValueError, KeyError) as error:
-        raise MegapromptError(f"{path} is damaged ({error})") from error
-    return manifest
-
-
-# ------------------------------------------------------------------------------------------------------- saved prompts

@@ -24,6 +24,7 @@ from megaprompt.backbone.packed import language_model
 from megaprompt.config import PlanConfig, ProbeConfig
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.prompt_encoder import PromptEncoder
+from megaprompt.prompting.recipe import RECIPES, chosen
 from megaprompt.prompting.template import Template, default_template
 from megaprompt.resources.plan import Plan, plan
 from megaprompt.resources.predict import Method, Place
@@ -55,7 +56,7 @@ def preflight(config: ProbeConfig) -> None:
 
     def options() -> str:
         nonlocal pseudo_tokens
-        recipe = config.training_recipe()
+        recipe = chosen(RECIPES[config.recipe], config.recipe_options())
         if config.template is not None:
             pseudo_tokens = Template.parse(config.template).num_pseudo_tokens
         if config.deepspeed is not None:

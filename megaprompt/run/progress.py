@@ -3,8 +3,8 @@
 And `progress.json` in the directory of a run, which other programs can read while it goes on:
 
 {"state": "running", "phase": "p-tuning", "step": 120, "facts_done": 960, "facts_total": 4800,
- "relations": {"P36": {"epoch": 12, "best_dev_p_at_1": 0.38}}, "seconds": 41.2, "eta_seconds": 164.8,
- "updated": 1790000000.0}
+ "score": ["p_at_1", "P@1"], "relations": {"P36": {"epoch": 12, "best_dev_p_at_1": 0.38}}, "seconds": 41.2,
+ "eta_seconds": 164.8, "updated": 1790000000.0}
 
 `state` is running, interrupted, failed or complete. A run that was killed stays "running", but is not updated any more.
 `seconds` and `eta_seconds` (null while unknown) are about the phase, since this start.
@@ -35,7 +35,7 @@ class ProgressFile:
     def __init__(self, run: Path, enabled: bool = True) -> None:
         self._path = run / "progress.json" if enabled else None
         self._state: dict[str, Any] = {"state": "running", "phase": "loading", "step": 0}
-        self._state |= {"facts_done": 0, "facts_total": None, "relations": {}}
+        self._state |= {"facts_done": 0, "facts_total": None, "score": ["p_at_1", "P@1"], "relations": {}}
         self._start = time.monotonic()
         self._written: float | None = None  # a run that could not start leaves no file
         self._first: int | None = None
@@ -45,12 +45,20 @@ class ProgressFile:
         self._start, self._first = time.monotonic(), None
         self._write(phase=name)
 
+    def score(self, name: str, heading: str) -> None:
+        """Which metric the lines of the log are about."""
+        self._state["score"] = [name, heading]
+
     def epochs(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Take lines of the log: a relation has finished an epoch."""
+        key = f"best_dev_{self._state['score'][0]}"
         for line in lines:
-            about = self._state["relations"].setdefault(line["relation"], {"epoch": 0, "best_dev_p_at_1": 0.0})
-            about["epoch"] = line["epoch"]
-            about["best_dev_p_at_1"] = max(about["best_dev_p_at_1"], line["dev_p_at_1"])
+            about = self._state["relations"].setdefault(line["relation"], {"epoch": 0, key: 0.0})
+            if "diverged" in line:
+                about["diverged"] = line["diverged"]
+            if "epoch" in line:
+                about["epoch"] = line["epoch"]
+                about[key] = max(about[key], line[key.removeprefix("best_")])
 
     def facts(self, done: int, total: int, step: int) -> None:
         """Training goes on."""
@@ -110,7 +118,10 @@ def describe_progress(progress: Mapping[str, Any]) -> str:
     if progress["state"] == "running":
         left = f", about {seconds['eta_seconds']} left" if progress["eta_seconds"] is not None else ""
         lines.append(f"{seconds['seconds']} in this phase{left}")
+    metric, heading = progress.get("score", ["p_at_1", "P@1"])
     for name, about in progress["relations"].items():
-        lines.append(f"  {name:8} epoch {about['epoch']:4}, best P@1 on dev {100 * about['best_dev_p_at_1']:5.1f} %")
+        best = 100 * about[f"best_dev_{metric}"]
+        why = ", diverged" * ("diverged" in about)
+        lines.append(f"  {name:8} epoch {about['epoch']:4}, best {heading} on dev {best:5.1f} %{why}")
     lines.append(f"last update {max(0, time.time() - progress['updated']):.0f} s ago")
     return "\n".join(lines)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -24,7 +26,8 @@ class SavedPrompt:
     data: str  # that it was learned with
     vectors: Tensor  # [pseudo tokens, hidden size] float32
     label: str = ""
-    dev_p_at_1: float = float("nan")
+    dev: Mapping[str, float] = field(default_factory=dict)  # its metrics on dev
+    head: Mapping[str, Tensor] = field(default_factory=dict)  # tensors of the head that was trained with it, if any
     path: Path = Path()
 
     _TEXT = ("relation", "template", "backbone", "fingerprint", "data", "label")
@@ -36,8 +39,9 @@ class SavedPrompt:
             MegapromptError: it cannot be written.
         """
         metadata = {name: getattr(self, name) for name in self._TEXT}
-        metadata |= {"format": "megaprompt prompt 1", "dev_p_at_1": repr(self.dev_p_at_1)}
-        write_file(path, save_safetensors({"prompts": self.vectors.float().contiguous().cpu()}, metadata))
+        metadata |= {"format": "megaprompt prompt 2", "dev": json.dumps(dict(self.dev))}
+        tensors = {"prompts": self.vectors, **{f"head.{name}": value for name, value in self.head.items()}}
+        write_file(path, save_safetensors({n: t.float().contiguous().cpu() for n, t in tensors.items()}, metadata))
         SavedPrompt.load(path)
 
     @classmethod
@@ -50,14 +54,17 @@ class SavedPrompt:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata, vectors = file.metadata() or {}, file.get_tensor("prompts")
+                head = {n.removeprefix("head."): file.get_tensor(n) for n in file.keys() if n != "prompts"}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise MegapromptError(f"{path}: cannot be read as a prompt ({error})") from error
-        if metadata.get("format") != "megaprompt prompt 1":
+        if metadata.get("format") not in ("megaprompt prompt 1", "megaprompt prompt 2"):
             raise MegapromptError(f"{path}: is not a prompt of megaprompt; give a directory that probe wrote")
         if not vectors.numel() or not vectors.isfinite().all():
             raise MegapromptError(f"{path}: the prompt is empty or not finite; learn it again")
         text = {name: metadata[name] for name in cls._TEXT}
-        return cls(vectors=vectors, dev_p_at_1=float(metadata["dev_p_at_1"]), path=path, **text)
+        first_format = {"p_at_1": float(metadata.get("dev_p_at_1", "nan"))}
+        dev = json.loads(metadata["dev"]) if "dev" in metadata else first_format
+        return cls(vectors=vectors, dev=dev, head=head, path=path, **text)
 
 
 def load_prompts(directory: Path) -> dict[str, SavedPrompt]:

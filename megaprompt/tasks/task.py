@@ -1,31 +1,89 @@
-"""What is to be learned."""
+"""What is asked: examples, the instances that a template makes of them, and tasks that hold them together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
 
-from torch import Tensor
+from megaprompt.errors import MegapromptError
+from megaprompt.prompting.template import FACT, Query, Template, TextEncoder
+from megaprompt.tasks.objective import Objective
 
-from megaprompt.prompting.template import Query
+Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Queries and the token ids of their objects."""
+class Example(NamedTuple):
+    """One thing to ask, in words."""
 
-    queries: list[Query]
-    objects: list[int]
+    fields: Mapping[str, str]  # the text of each field of a template
+    answer: str  # the right one
+    gold: int  # the right one: a token of the vocabulary, a class, or the place among the candidates
+    candidates: tuple[str, ...] = ()  # answers to choose from; each makes a query of its own
+    group: str | None = None  # of examples that are scored together, such as the answers to one question
 
-    def __len__(self) -> int:
-        return len(self.queries)
+
+class Instance(NamedTuple):
+    """An example as the backbone reads it: one query, or one for each candidate."""
+
+    queries: tuple[Query, ...]
+    gold: int
+    group: str | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """One relation to learn. Its queries number their pseudo tokens from 0."""
+    """A relation, or another kind of question, with the examples that can be scored on one backbone."""
 
-    relation: str
-    num_pseudo_tokens: int
-    train: Examples
-    dev: Examples
-    vectors: Tensor | None = None  # [pseudo tokens, hidden size] to start with, without a prompt encoder
+    name: str
+    objective: Objective
+    encoder: TextEncoder
+    examples: Mapping[Split, Sequence[Example]] = field(repr=False)
+    fields: tuple[str, ...] = FACT
+    label: str = ""
+    type: str = ""
+    manual: str | None = None  # the template that came with the data
+    left_out: Mapping[str, int] = field(default_factory=dict)  # reason -> examples of the data that cannot be scored
+    max_tokens: int | None = None  # of a query; longer ones are cut
+
+    def template(self, text: str) -> Template:
+        """Read the notation of a template with this task's fields.
+
+        Raises:
+            UsageError: it has other places than the task.
+        """
+        return Template.parse(text, self.fields)
+
+    @property
+    def manual_template(self) -> Template:
+        """The prompt that came with the data.
+
+        Raises:
+            MegapromptError: there is none.
+        """
+        if self.manual is None:
+            raise MegapromptError(
+                f"relation {self.name} has no manual prompt: add it to relations.jsonl, or use --methods p-tuning"
+            )
+        return self.template(self.manual)
+
+    @property
+    def bare_template(self) -> Template:
+        """The fields alone, for a model that is trained to understand them so."""
+        return self.template(" ".join([*(f"[{name}]" for name in self.fields), "[Y]"]))
+
+    def instances(self, split: Split, template: Template) -> list[Instance]:
+        """The examples of one split, asked with a template.
+
+        Raises:
+            UsageError: the template does not suit the backbone, or an example does not fit.
+        """
+        return [self._instance(example, template) for example in self.examples[split]]
+
+    def _instance(self, example: Example, template: Template) -> Instance:
+        queries = tuple(
+            template.render(example.fields, self.encoder, answer=answer, max_tokens=self.max_tokens)
+            for answer in example.candidates or (None,)
+        )
+        return Instance(queries, example.gold, example.group)

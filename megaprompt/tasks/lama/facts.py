@@ -10,13 +10,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.files import read_jsonl
-
-Split = Literal["train", "dev", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
+from megaprompt.tasks.task import SPLITS, Split
 
 
 class Fact(NamedTuple):

@@ -15,7 +15,7 @@ from rich.table import Table
 from megaprompt.backbone.tokenization import Tokenization
 from megaprompt.errors import UsageError
 from megaprompt.tasks.lama.facts import SPLITS, Data, Split
-from megaprompt.tasks.lama.usable_facts import NOT_IN_VOCABULARY, NOT_ONE_TOKEN, load_vocabulary, usable_relation
+from megaprompt.tasks.lama.questions import NOT_IN_VOCABULARY, NOT_ONE_TOKEN, load_vocabulary, usable_facts
 
 LAMA_RELATIONS, LAMA_FACTS = 41, 34_039
 """What LAMA's T-REx part has; the first also counts relations of AutoPrompt's data, whose test facts are the same."""
@@ -84,12 +84,12 @@ def count_facts(data: Data, vocabulary: str, tokenizer: Tokenization) -> dict[st
     allowed = load_vocabulary(vocabulary, data, tokenizer)
     counts = {}
     for name, relation in data.relations.items():
-        usable = usable_relation(relation, tokenizer, allowed, limit=None, seed=0)
+        usable, left_out = usable_facts(relation, tokenizer, allowed)
         counts[name] = Count(
             relation.label,
             {split: len(relation.facts[split]) for split in SPLITS},
-            {split: len(usable.facts[split]) for split in SPLITS},
-            usable.left_out,
+            {split: len(usable[split]) for split in SPLITS},
+            left_out,
         )
     return counts
 

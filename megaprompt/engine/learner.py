@@ -1,0 +1,251 @@
+"""One task while it is learned: its place in the data, its epochs, its best score on dev, and what is trained for it.
+
+The initial weights and the order of the data depend on (seed, task, epoch) only, so that a task is learned as it would
+be alone, whatever is learned beside it, and on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaprompt.backbone import Backbone
+from megaprompt.distributed.loss_scale import LossScale
+from megaprompt.errors import MegapromptError
+from megaprompt.prompting.prompt_encoder import EncoderKind, PromptEncoder, new_prompt_encoder
+from megaprompt.prompting.recipe import Recipe
+from megaprompt.seeds import seed_of
+from megaprompt.tasks.objective import Objective
+from megaprompt.tasks.task import Instance
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What one task is learned from. Its queries number their pseudo tokens from 0.
+
+    Raises:
+        MegapromptError: there is nothing to learn from.
+    """
+
+    task: str
+    objective: Objective
+    num_pseudo_tokens: int
+    train: Sequence[Instance] = field(repr=False)
+    dev: Sequence[Instance] = field(repr=False)
+    vectors: Tensor | None = None  # [pseudo tokens, hidden size] to start with, without a prompt encoder
+
+    def __post_init__(self) -> None:
+        if not len(self.train) or not len(self.dev):
+            items = self.objective.items
+            raise MegapromptError(f"relation {self.task} needs {items} in both train and dev to learn from")
+
+
+def new_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Adam:
+    """Adam as the recipe has it."""
+    return torch.optim.Adam(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+
+
+@dataclass
+class Learned:
+    """What training found for one task."""
+
+    kept: Any  # of the epoch that was best on dev; None if there was none
+    epochs: int  # that were trained
+    best_epoch: int
+    dev: dict[str, float]  # scores on dev of what was kept
+    diverged: dict[str, Any] | None = None  # `step` and `reason`, if it did
+
+
+@dataclass
+class Prompt:
+    """What prompts have learned for one task: vectors [pseudo tokens, hidden size], and the head if there is one."""
+
+    vectors: Tensor
+    head: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Learner:
+    """One task while it is learned. Modules may be missing: a task may have no pseudo tokens, or no head."""
+
+    def __init__(
+        self,
+        data: TrainingSet,
+        recipe: Recipe,
+        seed: int,
+        *,
+        backbone: Backbone,
+        encoder: EncoderKind,
+        loss_scale: LossScale,
+    ) -> None:
+        self.data, self.recipe, self.seed, self.loss_scale = data, recipe, seed, loss_scale
+        self.skipped = 0  # steps whose gradients overflowed
+        self.epoch = 0  # finished epochs
+        self.cursor = 0  # instances of the current epoch that were used
+        self.step = 0  # finished optimizer steps
+        self.epoch_loss = 0.0  # sum over them
+        self.best: dict[str, Any] = {"scores": {}, "epoch": 0, "kept": None}
+        self.improved_in = 0  # the last epoch with a better first score
+        self.diverged: dict[str, Any] | None = None
+        self.active = recipe.max_epochs > 0
+        self.encoder = _new_encoder(data, recipe, seed, backbone, encoder)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, data.task, "head"))
+            head = data.objective.new_head(backbone.hidden_size)
+        self.head = None if head is None else head.to(backbone.device)
+        self.parameters = [p for module in (self.encoder, self.head) if module is not None for p in module.parameters()]
+        self.optimizer = new_optimizer(self.parameters, recipe) if self.parameters else None
+
+    # -------------------------------------------------------------------------------------------------------- the data
+
+    def next_batch(self) -> list[int]:
+        """Indices of the next training instances; the order is a function of (seed, task, epoch)."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.data.task, "epoch", self.epoch))
+        order = torch.randperm(len(self.data.train), generator=generator)
+        batch = order[self.cursor : self.cursor + self.recipe.batch_size].tolist()
+        self.cursor += len(batch)
+        return batch
+
+    @property
+    def learning_rate(self) -> float:
+        return self.recipe.rate(len(self.data.train), self.epoch, self.step)
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.steps(len(self.data.train))
+
+    @property
+    def epoch_is_over(self) -> bool:
+        return self.active and (self.cursor >= len(self.data.train) or self.step >= self.steps)
+
+    # ---------------------------------------------------------------------------------------------------------- a step
+
+    def head_gradients(self) -> list[Tensor]:
+        """The gradients of the head's parameters; zeros on a rank that had none of the batch."""
+        gradients = []
+        for parameter in self.head.parameters() if self.head is not None else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        return gradients
+
+    def end_step(self, losses: Tensor, overflow: bool) -> None:
+        """Take the losses [batch] of a step, and the step on the gradients that the parameters hold; it is skipped if
+        they overflowed."""
+        self.epoch_loss += losses.mean().item() * len(losses)
+        if overflow:
+            self.skipped += 1
+        else:
+            self.update()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        self.loss_scale = self.loss_scale.after_step(overflow)
+        self.step += 1
+
+    def update(self) -> None:
+        """One step of Adam."""
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            self.optimizer.step()
+
+    def retire(self, reason: str) -> dict[str, Any]:
+        """Stop, since there is no way to go on; returns the line for the log."""
+        advice = f"lower the learning rate (it is {self.learning_rate:g}), or --dtype float32"
+        self.diverged = {"step": self.step + 1, "reason": f"{reason} in step {self.step + 1}; {advice}"}
+        self.active = False
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        return {"relation": self.data.task, "diverged": self.diverged["reason"], "stopped": True}
+
+    def end_epoch(self, scores: Mapping[str, float], keep: Callable[[], Any]) -> dict[str, Any]:
+        """Take the dev scores of the epoch that is over, and what `keep` gives if it was the best; returns the line
+        for the log."""
+        rate = self.learning_rate
+        self.epoch += 1
+        first, *_ = selects = self.data.objective.selects
+        best = self.best["scores"]
+        if not best or scores[first] > best[first]:
+            self.improved_in = self.epoch
+        better = not best or [scores[name] for name in selects] > [best[name] for name in selects]
+        if better:
+            self.best = {"scores": dict(scores), "epoch": self.epoch, "kept": keep()}
+        line = {
+            "relation": self.data.task,
+            "epoch": self.epoch,
+            "train_loss": self.epoch_loss / self.cursor,
+            **{f"dev_{name}": scores[name] for name in selects},
+            "best": better,
+            "learning_rate": rate,
+            "skipped_steps": self.skipped,
+        }
+        self.cursor, self.epoch_loss = 0, 0.0
+        stale = self.epoch - self.improved_in
+        self.active = self.step < self.steps and stale < self.recipe.patience
+        return line | {"stopped": not self.active}
+
+    def prompt(self) -> Prompt:
+        """What has been learned so far, on the CPU."""
+        vectors = torch.zeros(0, 0) if self.encoder is None else self.encoder().detach().cpu().clone()
+        head = {} if self.head is None else self.head.state_dict()
+        return Prompt(vectors, {name: value.detach().cpu().clone() for name, value in head.items()})
+
+    def result(self) -> Learned:
+        """What was best on dev."""
+        return Learned(self.best["kept"], self.epoch, self.best["epoch"], self.best["scores"], self.diverged)
+
+    # --------------------------------------------------------------------------------------------- stop, and go on
+
+    _PROGRESS = ("epoch", "cursor", "step", "skipped", "epoch_loss", "improved_in", "active", "diverged")
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs to go on exactly; without modules and optimizer once it has stopped."""
+        state = {name: getattr(self, name) for name in self._PROGRESS}
+        kept = self.best["kept"]
+        state["best"] = self.best | {"kept": vars(kept) if isinstance(kept, Prompt) else None}
+        state["loss_scale"] = dataclasses.asdict(self.loss_scale)
+        if self.active and self.optimizer is not None:
+            modules = {"encoder": self.encoder, "head": self.head}
+            state |= {name: module.state_dict() for name, module in modules.items() if module is not None}
+            state["optimizer"] = self.optimizer.state_dict()
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        for name in self._PROGRESS:
+            setattr(self, name, state[name])
+        kept = state["best"]["kept"]
+        self.best = state["best"] | {"kept": Prompt(**kept) if kept is not None else None}
+        self.loss_scale = LossScale(**state["loss_scale"])
+        for name, module in (("encoder", self.encoder), ("head", self.head), ("optimizer", self.optimizer)):
+            if self.active and module is not None:
+                module.load_state_dict(state[name])
+
+
+def _new_encoder(
+    data: TrainingSet, recipe: Recipe, seed: int, backbone: Backbone, kind: EncoderKind
+) -> PromptEncoder | None:
+    if not data.num_pseudo_tokens:
+        return None
+    # Single precision whatever the backbone's, except that a double-precision backbone asks for the same.
+    dtype = torch.float64 if backbone.model.dtype == torch.float64 else torch.float32
+    return new_prompt_encoder(
+        data.num_pseudo_tokens,
+        backbone.hidden_size,
+        kind,
+        seed=seed,
+        relation=data.task,
+        near=backbone.embedding_statistics if recipe.start_near_embeddings else None,
+        vectors=data.vectors,
+        dtype=dtype,
+    ).to(backbone.device)
+
+
+def what_is_wrong(loss: float) -> str | None:
+    """Why a task cannot go on after such a loss."""
+    return None if math.isfinite(loss) else f"the loss is {loss}"

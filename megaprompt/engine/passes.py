@@ -1,0 +1,195 @@
+"""Passes: questions of any kinds through the backbone, forward for answers, and backward for gradients.
+
+A *pass* is one packed micro-batch per rank. It takes questions of many tasks; each task's objective makes of its part
+of the outputs what it needs, and neither backbone nor packing know which kinds of questions there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megaprompt.backbone import Backbone
+from megaprompt.distributed.launch import World
+from megaprompt.engine.schedule import my_passes, padded
+from megaprompt.prompting.packing import PassSize, pack, split_into_passes
+from megaprompt.tasks.objective import Answers, Objective, Outputs
+from megaprompt.tasks.task import Instance
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where passes are computed: the backbone, how much of it at once, and by whom.
+
+    Args:
+        world: the ranks that share questions.
+        everyone: all ranks that hold the backbone together; they make the same number of passes.
+        reads: what is read at targets, the same for all questions of these ranks.
+    """
+
+    backbone: Backbone
+    size: PassSize
+    world: World
+    everyone: World
+    reads: Literal["logits", "hidden"] = "logits"
+
+    @classmethod
+    def shared(cls, backbone: Backbone, size: PassSize, world: World, objective: Objective) -> Workplace:
+        """Where all ranks share all questions of an objective."""
+        return cls(backbone, size, world, world, objective.reads)
+
+
+class Questions(NamedTuple):
+    """Instances of one task, and how their answers are scored."""
+
+    instances: Sequence[Instance]
+    objective: Objective
+    head: nn.Module | None = None
+
+
+class _Part(NamedTuple):
+    """The questions of one objective and head in a pass, and what the backbone says to them."""
+
+    indices: list[int]
+    objective: Objective
+    head: nn.Module | None
+    outputs: Outputs
+    gold: Tensor  # [questions] int64
+
+
+class _Asked(NamedTuple):
+    instance: Instance
+    objective: Objective
+    head: nn.Module | None
+
+
+def _flat(questions: Sequence[Questions]) -> list[_Asked]:
+    return [_Asked(instance, each.objective, each.head) for each in questions for instance in each.instances]
+
+
+def _computed(
+    at: Workplace, asked: Sequence[_Asked], passes: Iterable[list[int]], prompts: Tensor | None
+) -> Iterator[tuple[Tensor, list[_Part]]]:
+    """What the backbone gives at the targets of each pass [N, D], and the parts of the pass."""
+    for indices in passes:
+        kinds: dict[tuple[int, int], list[int]] = {}
+        for i in indices:
+            kinds.setdefault((id(asked[i].objective), id(asked[i].head)), []).append(i)
+        queries = [query for part in kinds.values() for i in part for query in asked[i].instance.queries]
+        batch = pack(queries, at.size.row_tokens).to(at.backbone.device)
+        values = at.backbone(batch, prompts, at.reads)
+        counts = [sum(len(q.targets) for i in part for q in asked[i].instance.queries) for part in kinds.values()]
+        targets = batch.target_of_query.split(counts)
+        yield values, [_part(i, asked, values, t) for i, t in zip(kinds.values(), targets, strict=True)]
+
+
+def _part(indices: list[int], asked: Sequence[_Asked], values: Tensor, targets: Tensor) -> _Part:
+    queries = [(place, query) for place, i in enumerate(indices) for query in asked[i].instance.queries]
+
+    def tensor(numbers: Iterable[int]) -> Tensor:
+        return torch.tensor(list(numbers), dtype=torch.int64, device=values.device)
+
+    outputs = Outputs(
+        values,
+        value_of_target=targets,
+        query_of_target=tensor(number for number, (_, query) in enumerate(queries) for _ in query.targets),
+        labels=tensor(label for _, query in queries for label in query.labels or [0] * len(query.targets)),
+        instance_of_query=tensor(place for place, _ in queries),
+    )
+    first = asked[indices[0]]
+    return _Part(indices, first.objective, first.head, outputs, tensor(asked[i].instance.gold for i in indices))
+
+
+def backward_passes(
+    at: Workplace,
+    prompts: Tensor | None,
+    questions: Sequence[Questions],
+    weights: Tensor,
+    backward: Callable[[Tensor, bool], None],
+) -> Tensor:
+    """The losses [I] of all instances, after running `backward` on their weighted sum, pass by pass.
+
+    Args:
+        prompts: prompt matrix that the queries' pseudo tokens index.
+        weights: [I] float64.
+        backward: gets the weighted loss of each pass of this rank, and whether it is the last one.
+    """
+    asked = _flat(questions)
+    losses = torch.zeros(len(asked), dtype=torch.float64)
+    passes = padded(my_passes([each.instance.queries for each in asked], at.world, at.size), at.everyone)
+    for number, (values, parts) in enumerate(_computed(at, asked, passes, prompts), start=1):
+        total = None if parts else values.sum()  # of nothing, but it goes backward with the others
+        for indices, objective, head, outputs, gold in parts:
+            loss = objective.loss(outputs, gold, head)
+            losses[indices] = loss.detach().double().cpu()
+            weighted = (loss * weights[indices].to(loss)).sum()
+            total = weighted if total is None else total + weighted
+        assert total is not None
+        backward(total, number == len(passes))
+    return at.world.sum_(losses, "losses")
+
+
+@torch.no_grad()
+def answers(at: Workplace, questions: Sequence[Questions], prompts: Tensor | None) -> list[Answers]:
+    """What the backbone answers to the instances of each task; the ranks share the work, and all get all answers.
+
+    Args:
+        prompts: prompt matrix that the queries' pseudo tokens index.
+    """
+    asked = _flat(questions)
+    found = [each.objective.blank(len(each.instances)) for each in questions]
+    place = [(task, i) for task, each in enumerate(questions) for i in range(len(each.instances))]
+    passes = padded(my_passes([each.instance.queries for each in asked], at.world, at.size), at.everyone)
+    for _, parts in _computed(at, asked, passes, prompts):
+        for indices, objective, head, outputs, gold in parts:
+            rows_of: dict[int, list[int]] = {}
+            for row, i in enumerate(indices):
+                rows_of.setdefault(place[i][0], []).append(row)
+            for name, values in objective.answer(objective.scores(outputs, head), gold).items():
+                for task, rows in rows_of.items():
+                    found[task][name][[place[indices[row]][1] for row in rows]] = values[rows]
+    return [_of_all_ranks(each, at.world) for each in found]
+
+
+def _of_all_ranks(part: Answers, world: World) -> Answers:
+    return {name: world.sum_(values, "predictions") for name, values in part.items()}
+
+
+@torch.no_grad()
+def joint_answers(
+    at: Workplace, wordings: Sequence[Sequence[Instance]], weights: Sequence[float], objective: Objective
+) -> Answers:
+    """Answers by several wordings of the same instances together: by the weighted mean of their log-probabilities.
+
+    Args:
+        wordings: for each wording, all instances.
+        weights: of the wordings. (LPAQA, arXiv 1911.12543, equation 4.)
+    """
+    count = len(wordings[0])
+    found = objective.blank(count)
+    # The scores of all instances of a part are in memory, 64 MB. Each rank has all wordings of its instances, which are
+    # packed together: where they begin alike, mostly with the subject, that is computed once.
+    part = max(1, (1 << 24) // at.backbone.vocabulary_size)
+    share = range(at.world.rank, count, at.world.size)
+    for start in range(0, len(range(0, count, at.world.size)), part):  # as often on all ranks
+        mine = share[start : start + part]
+        asked = _flat([Questions([wording[i] for i in mine], objective) for wording in wordings])
+        passes = padded(split_into_passes([each.instance.queries for each in asked], at.size), at.everyone)
+        together: Tensor | None = None
+        for _, parts in _computed(at, asked, passes, None):
+            for indices, _, head, outputs, _ in parts:
+                scores = objective.scores(outputs, head)
+                if together is None:
+                    together = torch.zeros(len(mine), scores.shape[1], dtype=scores.dtype, device=scores.device)
+                weight = torch.tensor([weights[i // len(mine)] for i in indices]).to(scores)
+                instance = torch.tensor([i % len(mine) for i in indices], dtype=torch.int64, device=scores.device)
+                together.index_add_(0, instance, scores.log_softmax(1) * weight[:, None])
+        if together is not None:
+            gold = torch.tensor([wordings[0][i].gold for i in mine], dtype=torch.int64, device=together.device)
+            for name, values in objective.answer(together, gold).items():
+                found[name][list(mine)] = values
+    return _of_all_ranks(found, at.world)

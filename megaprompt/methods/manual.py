@@ -1,0 +1,25 @@
+"""Manual prompts: the wording that came with the data, and nothing learned (MP in the paper's Table 2)."""
+
+from __future__ import annotations
+
+from megaprompt.methods.method import Context, Scored, ShouldStop
+from megaprompt.tasks.task import Task
+
+
+class Manual:
+    """The prompts that people wrote."""
+
+    columns = ("manual",)
+
+    def check(self, context: Context) -> None:
+        for task in context.tasks.values():
+            _ = task.manual_template
+
+    def run(self, context: Context) -> None:
+        def score(task: Task, _: ShouldStop) -> dict[str, Scored]:
+            template, dev = task.manual_template, None
+            if task.examples["dev"]:
+                dev = context.measure(task, "dev", context.answer(task, template, "dev"))
+            return {"manual": Scored(context.row(task, template, dev), context.answer(task, template, "test"))}
+
+        context.each_task(self.columns, score)

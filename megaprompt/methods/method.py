@@ -1,0 +1,125 @@
+"""The one interface of all methods, and what a run offers them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+from megaprompt.backbone import Backbone
+from megaprompt.distributed.launch import World
+from megaprompt.distributed.loss_scale import LossScale
+from megaprompt.engine.learner import Learned, Prompt
+from megaprompt.engine.passes import Workplace
+from megaprompt.engine.trainer import Hooks, Trainer
+from megaprompt.prompting.packing import PassSize
+from megaprompt.prompting.template import Template
+from megaprompt.tasks.objective import Answers
+from megaprompt.tasks.task import Split, Task
+
+
+class Scored(NamedTuple):
+    """What a method has to say of one task."""
+
+    row: dict[str, Any]  # what results.json says beside the metrics
+    answers: Answers | None  # on test; None if there is nothing to answer with
+
+
+ShouldStop = Callable[[], bool]
+ScoreTask = Callable[[Task, ShouldStop], Mapping[str, Scored]]
+
+
+class Context(Protocol):
+    """What a run offers to a method: what is asked of which backbone, and a place for what comes out.
+
+    All ranks make the same calls.
+    """
+
+    @property
+    def tasks(self) -> Mapping[str, Task]: ...
+
+    @property
+    def backbone(self) -> Backbone: ...
+
+    @property
+    def size(self) -> PassSize: ...
+
+    @property
+    def world(self) -> World: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def loss_scale(self) -> LossScale:
+        """For training in float16; no scaling otherwise."""
+
+    def at(self, task: Task) -> Workplace:
+        """Where all ranks share the questions of a task."""
+
+    def answer(self, task: Task, template: Template, split: Split, prompt: Prompt | None = None) -> Answers:
+        """Ask one split of a task with a template, and with what was learned for its pseudo tokens."""
+
+    def measure(self, task: Task, split: Split, answers: Answers) -> dict[str, float]:
+        """The metrics of such answers."""
+
+    def row(
+        self, task: Task, template: Template, dev: Mapping[str, float] | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """What results.json says of a task beside the metrics; `dev` are the metrics on dev."""
+
+    def each_task(
+        self, columns: Sequence[str], score: ScoreTask, *, title: str = "", own_progress: bool = False
+    ) -> Mapping[str, Mapping[str, dict[str, Any]]]:
+        """Score all tasks by methods, and write down what is known of each at once: a stopped run goes on there.
+
+        Returns the rows of results.json, by column and task.
+
+        Args:
+            columns: names of the methods in results and reports.
+            score: gets a task and a function that tells whether to stop; gives what each method says of the task.
+            title: what the user is told that is being done; the methods, if not given.
+            own_progress: `score` shows its progress.
+
+        Raises:
+            Interrupted: a signal said so on some rank.
+        """
+
+    def baseline(self, column: str, rows: Mapping[str, dict[str, Any]]) -> None:
+        """Write down rows that are known without asking anything."""
+
+    def train(self, method: str, trainer: Trainer) -> dict[str, Learned]:
+        """Train with log, progress and checkpoints; goes on where a stopped run was."""
+
+    def train_one(
+        self, method: str, task: Task, should_stop: ShouldStop, unit: str = "examples"
+    ) -> AbstractContextManager[Hooks]:
+        """Log and progress of a method that trains one task after the other, each from its start."""
+
+    def save_prompt(self, task: Task, template: Template, learned: Learned) -> None:
+        """Write what was learned to a file of its own."""
+
+    def save_templates(self, name: str, templates: Mapping[str, str]) -> None:
+        """Write templates that were found, by task, as `--discrete` reads them."""
+
+    def trainable_backbone(self) -> AbstractContextManager[tuple[Backbone, dict[str, Any] | None]]:
+        """The backbone with its original weights, to be trained, and the DeepSpeed configuration for that. The frozen
+        one is let go of."""
+
+
+class Method(Protocol):
+    """A way to ask."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """What it is called in results and reports; one that gives several answers has several."""
+
+    def check(self, context: Context) -> None:
+        """Tell what is missing before anything is computed.
+
+        Raises:
+            MegapromptError: a task lacks what the method needs.
+        """
+
+    def run(self, context: Context) -> None:
+        """Ask all tasks."""

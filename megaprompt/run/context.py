@@ -1,0 +1,210 @@
+"""What a run offers to its methods: the backbone, the questions, and a place for what comes out (`methods.method`)."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megaprompt.backbone import Backbone
+from megaprompt.console import progress
+from megaprompt.distributed.launch import World
+from megaprompt.distributed.loss_scale import NO_SCALING, LossScale
+from megaprompt.engine.learner import Learned, Prompt
+from megaprompt.engine.passes import Questions, Workplace, answers
+from megaprompt.engine.trainer import Hooks, Interrupted, Trainer
+from megaprompt.methods.method import ScoreTask, ShouldStop
+from megaprompt.prompting.packing import PassSize
+from megaprompt.prompting.template import Template
+from megaprompt.report.html import write_report
+from megaprompt.run.averages import summarize
+from megaprompt.run.directory import SCHEMA, RunDirectory
+from megaprompt.run.environment import peak_memory
+from megaprompt.run.interruption import stop_signals
+from megaprompt.run.progress import ProgressFile
+from megaprompt.run.saved_prompts import SavedPrompt
+from megaprompt.run.training import train_resumably
+from megaprompt.tasks.objective import Answers
+from megaprompt.tasks.task import Split, Task
+
+
+@dataclass
+class RunContext:
+    """The parts of a run.
+
+    Args:
+        load: loads the backbone frozen, or, if told so, to be trained, with the DeepSpeed configuration for that.
+        release: lets go of a backbone that was loaded to be trained.
+    """
+
+    run: RunDirectory
+    results: dict[str, Any]
+    status: ProgressFile
+    resume: bool
+    data_name: str
+    tasks: dict[str, Task]
+    frozen: Backbone | None
+    size: PassSize
+    world: World
+    seed: int
+    half_precision_scale: LossScale
+    load: Callable[[bool], tuple[Backbone, dict[str, Any] | None]] = field(repr=False)
+    release: Callable[[Backbone], None] = field(repr=False)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen backbone; loaded again if it was let go of."""
+        if self.frozen is None:
+            self.frozen, _ = self.load(False)
+        return self.frozen
+
+    @property
+    def loss_scale(self) -> LossScale:
+        return self.half_precision_scale if self.backbone.model.dtype == torch.float16 else NO_SCALING
+
+    # --------------------------------------------------------------------------------------------------------- asking
+
+    def at(self, task: Task) -> Workplace:
+        return Workplace.shared(self.backbone, self.size, self.world, task.objective)
+
+    def answer(self, task: Task, template: Template, split: Split, prompt: Prompt | None = None) -> Answers:
+        head = None
+        if prompt is not None and prompt.head:
+            head = task.objective.new_head(self.backbone.hidden_size)
+            assert head is not None
+            head.load_state_dict(prompt.head)
+            head.to(self.backbone.device)
+        vectors = None if prompt is None or not template.num_pseudo_tokens else prompt.vectors.to(self.backbone.device)
+        questions = Questions(task.instances(split, template), task.objective, head)
+        return answers(self.at(task), [questions], vectors)[0]
+
+    def measure(self, task: Task, split: Split, answers: Answers) -> dict[str, float]:
+        return task.objective.measure(answers, task.examples[split])
+
+    @contextmanager
+    def trainable_backbone(self) -> Iterator[tuple[Backbone, dict[str, Any] | None]]:
+        self.frozen = None
+        gc.collect()  # before the next one is loaded
+        backbone, deepspeed = self.load(True)
+        try:
+            yield backbone, deepspeed
+        finally:
+            self.release(backbone)
+
+    # -------------------------------------------------------------------------------------------------------- results
+
+    def row(
+        self, task: Task, template: Template, dev: Mapping[str, float] | None = None, **more: Any
+    ) -> dict[str, Any]:
+        score = next(iter(task.objective.metrics))
+        row = {"type": task.type, "facts": len(task.examples["test"]), "epochs": None, "template": template.text}
+        row[f"dev_{score}"] = dev[score] if dev else None
+        return row | {name: value for name, value in more.items() if name != "diverged" or value is not None}
+
+    def save(self, report: bool = True) -> None:
+        """Write the results so far, and the report."""
+        self.results["peak_memory_bytes"] = peak_memory(self.world)
+        if self.world.is_main:
+            self.run.write_results(self.results)
+            if report:
+                write_report(self.run.path)
+
+    def each_task(
+        self, columns: Sequence[str], score: ScoreTask, *, title: str = "", own_progress: bool = False
+    ) -> Mapping[str, Mapping[str, dict[str, Any]]]:
+        title = title or " and ".join(columns)
+        unfinished = self.results.setdefault("unfinished", {})
+        rows = {column: unfinished.setdefault(column, {}) for column in columns}
+        todo = [name for name in self.tasks if any(name not in done for done in rows.values())]
+        start, count = time.monotonic(), len(self.tasks)
+        shown = progress(title, count, self.world.is_main and not own_progress, unit="relations")
+        with stop_signals() as should_stop, shown as update:
+            for number, name in enumerate(todo, start=count - len(todo) + 1):
+                self.status.phase(f"{title} {name}")
+                if self.world.max_(torch.tensor(int(should_stop())), "schedule"):
+                    raise Interrupted(f"interrupted before {name}; continue with --resume")
+                for column, (row, found) in score(self.tasks[name], should_stop).items():
+                    rows[column][name] = row | self._measured(column, self.tasks[name], found)
+                self.save(report=False)
+                update(number)
+        for column in columns:
+            self._finish(column, {name: rows[column][name] for name in self.tasks})
+            self.results["timing"][column] = {"seconds": time.monotonic() - start}
+            del unfinished[column]
+        if not unfinished:
+            del self.results["unfinished"]
+        self.save()
+        return rows
+
+    def _finish(self, column: str, rows: Mapping[str, dict[str, Any]]) -> None:
+        self.results["methods"][column] = {"relations": rows, **summarize(rows, list(self.results["metrics"]))}
+
+    def baseline(self, column: str, rows: Mapping[str, dict[str, Any]]) -> None:
+        self._finish(column, rows)
+
+    def _measured(self, column: str, task: Task, found: Answers | None) -> dict[str, float | None]:
+        """The metrics of answers on test, which are written down."""
+        if found is None:
+            return dict.fromkeys(task.objective.metrics)
+        if self.world.is_main:
+            lines = [
+                {"schema": SCHEMA, "method": column, **task.objective.describe(example, found, i)}
+                for i, example in enumerate(task.examples["test"])
+            ]
+            kept = [line for line in self.run.read_predictions(task.name) if line["method"] != column]
+            self.run.write_predictions(task.name, [*kept, *lines])
+        return dict(self.measure(task, "test", found))
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def train(self, method: str, trainer: Trainer) -> dict[str, Learned]:
+        return train_resumably(
+            method,
+            trainer,
+            run=self.run,
+            world=self.world,
+            status=self.status,
+            results=self.results,
+            resume=self.resume,
+        )
+
+    @contextmanager
+    def train_one(self, method: str, task: Task, should_stop: ShouldStop, unit: str = "examples") -> Iterator[Hooks]:
+        title = f"{method} {task.name} ({list(self.tasks).index(task.name) + 1} of {len(self.tasks)})"
+        if self.world.is_main:
+            self.run.forget(method, task.name)
+        count = len(task.examples["train"])  # until it says how much there is to do
+        with progress(title, count, self.world.is_main, unit) as update:
+
+            def log(line: dict[str, Any]) -> None:
+                if self.world.is_main:
+                    self.run.append_log({"method": method, **line})
+
+            def show(done: int, total: int, step: int) -> None:
+                update(done, total)
+                self.status.facts(done, total, step)
+
+            yield Hooks(log=log, progress=show, should_stop=should_stop)
+
+    def save_prompt(self, task: Task, template: Template, learned: Learned) -> None:
+        if self.world.is_main:
+            SavedPrompt(
+                relation=task.name,
+                template=template.text,
+                backbone=self.backbone.name,
+                fingerprint=self.backbone.fingerprint,
+                data=self.data_name,
+                vectors=learned.kept.vectors,
+                head=learned.kept.head,
+                label=task.label,
+                dev=learned.dev,
+            ).save(self.run.path / "prompts" / f"{task.name}.safetensors")
+
+    def save_templates(self, name: str, templates: Mapping[str, str]) -> None:
+        if self.world.is_main:
+            self.run.write_templates(name, templates)

@@ -1,0 +1,110 @@
+"""How an answer is scored: what is read at the targets, the loss, the answer, the metrics, and what chooses on dev.
+
+An objective turns what the backbone gives at the targets of some instances into scores [instances, answers]; loss and
+answers follow from the scores. Kinds of questions differ in nothing else:
+
+    one token of the vocabulary     a row of logits for each instance              (`tasks.lama.one_token`)
+    a class                         some of its columns, or a head on the hidden state
+    a candidate of several tokens   `Outputs.log_probabilities`, one for each query of the instance
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+if TYPE_CHECKING:
+    from megaprompt.tasks.task import Example, Instance
+
+Answers = dict[str, Tensor]
+"""What is known of each of I instances: tensors [I, ...] by name, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the backbone gives for I instances with Q queries and T targets in all."""
+
+    values: Tensor  # [N, D] at the N distinct targets: logits over the vocabulary, or hidden states
+    value_of_target: Tensor  # [T] int64; which of the N is read at each target
+    query_of_target: Tensor  # [T] int64
+    labels: Tensor  # [T] int64; the tokens of answers that are given, 0 elsewhere
+    instance_of_query: Tensor  # [Q] int64
+
+    def at_targets(self) -> Tensor:
+        """[T, D], in at least single precision."""
+        return _at_least_float32(self.values.index_select(0, self.value_of_target))
+
+    def log_probabilities(self) -> Tensor:
+        """[Q] of each query's labels together: how likely the given answer is."""
+        each = _at_least_float32(self.values).log_softmax(1)[self.value_of_target, self.labels]
+        return each.new_zeros(len(self.instance_of_query)).index_add(0, self.query_of_target, each)
+
+    def by_instance(self, of_queries: Tensor) -> Tensor:
+        """Values [Q] of queries as [I, most queries of an instance]; minus infinity where an instance has fewer."""
+        instances = self.instance_of_query.tolist()
+        counts = Counter(instances)
+        places = [place for i in sorted(counts) for place in range(counts[i])]  # queries stand instance by instance
+        table = of_queries.new_full((len(counts), max(counts.values(), default=0)), -torch.inf)
+        where = (self.instance_of_query, torch.tensor(places, dtype=torch.int64, device=of_queries.device))
+        return table.index_put(where, of_queries)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+class Objective(ABC):
+    """One kind of question."""
+
+    reads: Literal["logits", "hidden"] = "logits"
+    """What the backbone is to give at the targets."""
+    metrics: Mapping[str, str]
+    """Names of metrics -> what a table calls them. The first one is the score. All are shares, best at 1."""
+    selects: tuple[str, ...]
+    """Which metrics choose on dev: the first decides, the others among equals. Early stopping looks at the first."""
+    items: str = "examples"
+    """What tables call the instances."""
+
+    def new_head(self, hidden_size: int) -> nn.Module | None:
+        """What is trained on top of the backbone for this question; None if nothing is."""
+        return None
+
+    @abstractmethod
+    def scores(self, outputs: Outputs, head: nn.Module | None) -> Tensor:
+        """[I, answers], differentiable; a softmax over them are the probabilities of the answers."""
+
+    def loss(self, outputs: Outputs, gold: Tensor, head: nn.Module | None) -> Tensor:
+        """[I] of the right answers [I]; cross-entropy of the scores, unless a question needs another."""
+        return cross_entropy(self.scores(outputs, head), gold, reduction="none")
+
+    @abstractmethod
+    def blank(self, instances: int) -> Answers:
+        """Answers to be filled in, of zeros."""
+
+    @abstractmethod
+    def answer(self, scores: Tensor, gold: Tensor) -> Answers:
+        """What scores [I, answers] say."""
+
+    @abstractmethod
+    def measure(self, answers: Answers, asked: Sequence[Example] | Sequence[Instance]) -> dict[str, float]:
+        """The metrics of answers, given what was asked (gold and groups); not a number if nothing was."""
+
+    def majority(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, float | None]:
+        """The metrics of always giving the answer that is most frequent in train; None where that says nothing."""
+        counts = Counter(example.gold for example in train)
+        right: float | None = None
+        if counts and examples:
+            best = min(counts, key=lambda gold: (-counts[gold], gold))
+            right = sum(example.gold == best for example in examples) / len(examples)
+        return dict.fromkeys(self.metrics) | {next(iter(self.metrics)): right}
+
+    @abstractmethod
+    def describe(self, example: Example, answers: Answers, i: int) -> dict[str, Any]:
+        """The answer to one example, ready for JSON: `right`, or `rank`, and whatever else helps to judge it."""
