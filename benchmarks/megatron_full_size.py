@@ -142,7 +142,7 @@ def _no_tokenizer(words: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(words)})))
 
 
-QUERIES = [Query((-1, -2, -3, 100 + i, 900 + 7 * i, -4, -5, -6), 7) for i in range(8)]
+QUERIES = [Query((-1, -2, -3, 100 + i, 900 + 7 * i, -4, -5, -6), (7,)) for i in range(8)]
 OBJECTS = [2000 + 11 * i for i in range(8)]
 
 

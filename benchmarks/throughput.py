@@ -58,7 +58,7 @@ class Original:
     """The original algorithm for one relation, step by step as its code does it."""
 
     def __init__(self, backbone: Backbone, template: Template, encoder: PromptEncoder) -> None:
-        self.model, self.tokenizer, self.encoder = backbone.model, backbone.tokenizer, encoder
+        self.model, self.tokenizer, self.encoder = backbone.model, backbone.tokenization.tokenizer, encoder
         self.hidden = backbone.hidden_size
         self.spell = [template.pieces[0], template.pieces[2]]
         self.optimizer = torch.optim.Adam(encoder.parameters(), RECIPES["fast"].learning_rate)
@@ -120,7 +120,7 @@ class Peft:
         self.model = get_peft_model(backbone.model, config).eval()
         for parameter in self.model.prompt_encoder.parameters():
             parameter.requires_grad_(True)
-        self.tokenizer = backbone.tokenizer
+        self.tokenizer = backbone.tokenization.tokenizer
         self.optimizer = torch.optim.Adam(self.model.prompt_encoder.parameters(), RECIPES["fast"].learning_rate)
 
     def vectors(self) -> Tensor:

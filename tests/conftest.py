@@ -18,6 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megaprompt.backbone import Backbone
+from megaprompt.prompting.template import Template
+from megaprompt.tasks.lama.one_token import OneToken
+from megaprompt.tasks.task import Instance
 
 PAIRS = {
     "P36": [
@@ -77,8 +80,22 @@ def plain_logits(backbone: Backbone, queries, prompts: torch.Tensor) -> torch.Te
         ids = torch.tensor(query.tokens)
         embeddings = backbone.model.get_input_embeddings()(ids.clamp(min=0))
         embeddings = torch.where((ids < 0)[:, None], prompts[(-1 - ids).clamp(min=0)], embeddings)
-        rows.append(backbone.model(inputs_embeds=embeddings[None]).logits[0, query.target])
+        rows.append(backbone.model(inputs_embeds=embeddings[None]).logits[0, query.targets[0]])
     return torch.stack(rows)
+
+
+def objective_of(backbone: Backbone, allowed: torch.Tensor | None = None, top: int = 10) -> OneToken:
+    """One token of the whole vocabulary, if not told otherwise."""
+    everything = torch.ones(backbone.vocabulary_size, dtype=torch.bool)
+    return OneToken(everything if allowed is None else allowed, backbone.tokenization.text_of, top)
+
+
+def instances_of(backbone: Backbone, template: Template, pairs) -> list[Instance]:
+    """Facts, asked with a template."""
+    subjects, objects = zip(*pairs, strict=True)
+    queries = [template.render({"X": subject}, backbone.text_encoder()) for subject in subjects]
+    gold = backbone.tokenization.single_tokens(objects)
+    return [Instance((query,), token) for query, token in zip(queries, gold, strict=True)]
 
 
 @pytest.fixture(scope="session")

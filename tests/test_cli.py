@@ -15,7 +15,7 @@ import yaml
 from megaprompt.config import ProbeConfig, from_yaml, parse, to_yaml
 from megaprompt.distributed.launch import World
 from megaprompt.errors import UsageError
-from megaprompt.run.directory import RunDirectory
+from megaprompt.run.checkpoints import load_checkpoint
 from megaprompt.run.saved_prompts import SavedPrompt, load_prompts
 from tests.conftest import make_model, run_cli, write_facts
 
@@ -228,7 +228,7 @@ def test_interrupted_run_resumes_to_the_same_result(backbone_directory, data_dir
     assert process.returncode == 130, error
     assert "continue with --resume" in error
     assert not json.loads((broken / "results.json").read_text())["complete"]
-    assert RunDirectory(broken).load_checkpoint(World()).step > 0
+    assert load_checkpoint(broken / "state", World()).step > 0
 
     resumed = run_cli("probe", "--out", broken, "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -264,12 +264,24 @@ def test_damaged_checkpoint_and_prompt(probe, tmp_path, capsys, caplog):
     assert probe("--resume") == 1
     assert "no checkpoint" in capsys.readouterr().err
     for path in (run / "state").glob("step-*/manifest.json"):
-        path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+        path.write_text(path.read_text().replace('"format": 3', '"format": 2'))
     assert probe("--resume") == 1
     assert "was written by another version of megaprompt" in caplog.text
     (run / "prompts" / "P36.safetensors").write_bytes(b"damaged")
     assert main(["ask", "--prompts", str(run), "--relation", "P36", "Peru"]) == 1
     assert "P36.safetensors: cannot be read as a prompt" in capsys.readouterr().err
+
+
+def test_another_precision_is_refused_when_resuming(probe, tmp_path, capsys):
+    assert probe("--methods", "manual") == 0
+    run = tmp_path / "run"
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {"complete": False}))
+    config = tmp_path / "bf16.json"
+    config.write_text('{"bf16": {"enabled": true}}')
+    assert probe("--methods", "manual", "--resume", "--deepspeed", str(config)) == 1
+    assert "was started in float32, not in bfloat16; give --dtype float32" in capsys.readouterr().err
+    assert json.loads((run / "results.json").read_text())["backbone"]["dtype"] == "float32"
 
 
 def test_a_prompt_that_is_not_finite_is_not_saved(tmp_path):

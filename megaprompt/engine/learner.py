@@ -138,11 +138,10 @@ class Learner:
         """Take the losses [batch] of a step, and the step on the gradients that the parameters hold; it is skipped if
         they overflowed."""
         self.epoch_loss += losses.mean().item() * len(losses)
-        if overflow:
-            self.skipped += 1
-        else:
+        if not overflow:
             self.update()
-        if self.optimizer is not None:
+        elif self.optimizer is not None:
+            self.skipped += 1
             self.optimizer.zero_grad(set_to_none=True)
         self.loss_scale = self.loss_scale.after_step(overflow)
         self.step += 1
@@ -153,6 +152,7 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate
             self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def retire(self, reason: str) -> dict[str, Any]:
         """Stop, since there is no way to go on; returns the line for the log."""

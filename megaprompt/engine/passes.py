@@ -185,7 +185,9 @@ def joint_answers(
                 scores = objective.scores(outputs, head)
                 if together is None:
                     together = torch.zeros(len(mine), scores.shape[1], dtype=scores.dtype, device=scores.device)
-                weight = torch.tensor([weights[i // len(mine)] for i in indices]).to(scores)
+                weight = torch.tensor(
+                    [weights[i // len(mine)] for i in indices], dtype=scores.dtype, device=scores.device
+                )
                 instance = torch.tensor([i % len(mine) for i in indices], dtype=torch.int64, device=scores.device)
                 together.index_add_(0, instance, scores.log_softmax(1) * weight[:, None])
         if together is not None:

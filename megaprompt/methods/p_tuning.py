@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megaprompt.engine.learner import TrainingSet
 from megaprompt.engine.trainer import Trainer
+from megaprompt.errors import MegapromptError
 from megaprompt.methods.method import Context, Scored, ShouldStop
 from megaprompt.prompting.prompt_encoder import EncoderKind
 from megaprompt.prompting.recipe import Recipe
@@ -64,6 +65,10 @@ class PTuning:
             loss_scale=context.loss_scale,
         )
         learned = context.train("p-tuning", trainer)
+        if all(found.kept is None for found in learned.values()):
+            name, first = next(iter(learned.items()))
+            reason = (first.diverged or {}).get("reason", "there were no epochs")
+            raise MegapromptError(f"nothing was learned of any relation; {name}: {reason}")
         for name, found in learned.items():
             if found.kept is not None:
                 context.save_prompt(context.tasks[name], templates[name], found)

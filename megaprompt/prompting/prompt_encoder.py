@@ -64,7 +64,8 @@ class PromptEncoder(nn.Module):
         """Shift and scale the last layer, for vectors around the mean embedding and a quarter of the spread apart."""
         vectors = self()
         center = vectors.mean(0)
-        scale = 0.25 * embeddings.spread / (vectors - center).square().mean().sqrt()
+        apart = (vectors - center).square().mean().sqrt()
+        scale = 0.25 * embeddings.spread / apart if apart > 0 else torch.ones_like(apart)  # a single one is at the mean
         mean = embeddings.mean.to(center)
         if self.mlp is None:
             self.embedding.weight.sub_(center).mul_(scale).add_(mean)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megaprompt.config import ProbeConfig, from_yaml
-from megaprompt.engine.evaluation import summarize
 from megaprompt.errors import MegapromptError
 from megaprompt.files import write_file
+from megaprompt.run.averages import summarize
 from megaprompt.run.directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         **first,
         "complete": len(complete) == len(found),
         "data": {**first["data"], "relations": together(("data",))},
-        "methods": {method: {"relations": rows, **summarize(rows)} for method, rows in methods.items()},
+        "methods": {method: {"relations": rows, **summarize(rows, list(first.get("metrics", {"p_at_1": "", "p_at_10": "", "mrr": ""})))} for method, rows in methods.items()},
         "timing": {"training_seconds": sum(r["timing"].get("training_seconds", 0.0) for r in (first, *others))},
         "peak_memory_bytes": [peak for r in (first, *others) for peak in r["peak_memory_bytes"]],
     }

@@ -30,7 +30,7 @@ from megaprompt.backbone.packed import language_model
 from megaprompt.config import ProbeConfig
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.packing import PassSize, pack, split_into_passes
-from megaprompt.prompting.template import DEFAULT_MASKED, Query, Template, TextEncoder
+from megaprompt.prompting.template import Query, Template, TextEncoder, default_template
 from megaprompt.resources.predict import Workload, profile, shape_of
 from megaprompt.run.job import probe
 from megaprompt.tasks.lama.facts import SPLITS, load_data
@@ -95,22 +95,24 @@ def directory(request, tokenizer, tmp_path) -> Path:
 
 def test_the_mask_stands_for_the_object():
     encoder = TextEncoder(lambda text, is_start: [len(word) + 100 for word in text.split()], (2,), mask=4, suffix=(3,))
-    query = Template.parse(DEFAULT_MASKED).render("South Korea", encoder)
-    assert query == Query((2, -1, -2, -3, 105, 105, -4, -5, -6, 4, -7, -8, -9, 3), 9, bidirectional=True)
-    query = Template.parse("[Y] is the capital of [X] .").render("Peru", encoder)
-    assert query == Query((2, 4, 102, 103, 107, 102, 104, 101, 3), 1, bidirectional=True)
+    query = Template.parse(default_template(causal=False)).render({"X": "South Korea"}, encoder)
+    assert query == Query((2, -1, -2, -3, 105, 105, -4, -5, -6, 4, -7, -8, -9, 3), (9,), bidirectional=True)
+    query = Template.parse("[Y] is the capital of [X] .").render({"X": "Peru"}, encoder)
+    assert query == Query((2, 4, 102, 103, 107, 102, 104, 101, 3), (1,), bidirectional=True)
 
 
 def test_special_tokens_are_the_models_own(make_backbone):
     backbone = make_backbone("bert")
-    query = Template.parse("The capital of [X] is [Y] .").render("South Korea", backbone.text_encoder())
-    assert backbone.tokenizer.decode(query.tokens) == "[CLS] The capital of South Korea is [MASK] . [SEP]"
-    assert query.tokens[query.target] == backbone.tokenizer.mask_token_id
+    query = Template.parse("The capital of [X] is [Y] .").render({"X": "South Korea"}, backbone.text_encoder())
+    assert backbone.tokenization.tokenizer.decode(query.tokens) == "[CLS] The capital of South Korea is [MASK] . [SEP]"
+    assert query.tokens[query.targets[0]] == backbone.tokenization.tokenizer.mask_token_id
 
 
 def test_a_tokenizer_without_mask_token_is_named(make_backbone, tokenizer):
     backbone = make_backbone("bert")
-    backbone.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, unk_token="[UNK]")
+    backbone.tokenization.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, unk_token="[UNK]"
+    )
     with pytest.raises(MegapromptError, match="the tokenizer of bert has no mask token"):
         backbone.text_encoder()
 
@@ -124,8 +126,8 @@ def test_logits_and_gradients_equal_the_plain_forward(make_backbone, kind, row_t
     backbone = make_backbone(kind)
     encoder = backbone.text_encoder()
     template = Template.parse("<3> [X] capital <2>[Y]<1> .")
-    queries = [template.render(subject, encoder) for subject, _ in PAIRS["P36"]]
-    queries += [Template.parse(TEMPLATES["P36"]).render(subject, encoder) for subject, _ in PAIRS["P36"][:4]]
+    queries = [template.render({"X": subject}, encoder) for subject, _ in PAIRS["P36"]]
+    queries += [Template.parse(TEMPLATES["P36"]).render({"X": subject}, encoder) for subject, _ in PAIRS["P36"][:4]]
     prompts = torch.randn(6, backbone.hidden_size, dtype=torch.float64, requires_grad=True)
     batch = pack(queries, row_tokens)
     packed = backbone(batch, prompts)[batch.target_of_query]
@@ -139,13 +141,17 @@ def test_logits_and_gradients_equal_the_plain_forward(make_backbone, kind, row_t
 
 
 def test_rows_are_blocks_and_equal_queries_are_computed_once():
-    queries = [Query((2, -1, 7, 4, 3), 3, True), Query((2, -1, 8, 4, 3), 3, True), Query((2, -1, 7, 4, 3), 3, True)]
+    queries = [
+        Query((2, -1, 7, 4, 3), (3,), bidirectional=True),
+        Query((2, -1, 8, 4, 3), (3,), bidirectional=True),
+        Query((2, -1, 7, 4, 3), (3,), bidirectional=True),
+    ]
     batch = pack(queries, 64)
     assert batch.token_ids.shape == (1, 10)
     assert torch.equal(batch.attention_mask()[0, 0], torch.block_diag(*[torch.ones(5, 5)] * 2).bool())
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4] * 2]
     assert batch.target_of_query[0] == batch.target_of_query[2] != batch.target_of_query[1]
-    assert [len(part) for part in split_into_passes(queries, PassSize(5, 5))] == [2, 1]
+    assert [len(part) for part in split_into_passes([(query,) for query in queries], PassSize(5, 5))] == [2, 1]
 
 
 # -------------------------------------------------------------------------------------------------------------- the job
@@ -160,7 +166,7 @@ def test_the_whole_job(directory, data_directory, tmp_path):
     results = probe(config)
     macro = {method: results["methods"][method]["macro"]["p_at_1"] for method in results["methods"]}
     assert min(macro["p-tuning"], macro["fine-tuning"]) > macro["manual"]  # the facts of all splits are the same
-    assert results["methods"]["p-tuning"]["relations"]["P36"]["template"] == DEFAULT_MASKED
+    assert results["methods"]["p-tuning"]["relations"]["P36"]["template"] == default_template(causal=False)
     backbone = load_backbone(str(directory))
     assert not backbone.causal
     assert backbone.exact_size(PassSize()) == PassSize()
@@ -194,7 +200,7 @@ def test_other_architectures_are_computed_exactly(tokenizer, data_directory, tmp
     size = backbone.exact_size(PassSize(64, 64))
     assert size == PassSize(row_tokens, 64)
     template = Template.parse("<1> [X] capital <2>[Y] .")
-    queries = [template.render(subject, backbone.text_encoder()) for subject, _ in PAIRS["P36"]]
+    queries = [template.render({"X": subject}, backbone.text_encoder()) for subject, _ in PAIRS["P36"]]
     prompts = torch.randn(3, backbone.hidden_size, dtype=torch.float64)
     batch = pack(queries, row_tokens)
     found = backbone(batch, prompts)[batch.target_of_query]

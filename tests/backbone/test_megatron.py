@@ -62,7 +62,7 @@ def test_packing_is_exact(checkpoint, tmp_path):
     convert(checkpoint()[0], tmp_path / "out")
     backbone = load_backbone(str(tmp_path / "out"), torch.float64)
     assert backbone.exact_size(PassSize(32, 64)) == PassSize(32, 64)
-    queries = [Query(tokens, len(tokens) - 1) for tokens in ((-1, -2, 7, 8), (-1, -2, 7, 9, 10), (-1, -2, 11))]
+    queries = [Query(tokens, (len(tokens) - 1,)) for tokens in ((-1, -2, 7, 8), (-1, -2, 7, 9, 10), (-1, -2, 11))]
     prompts = torch.randn(2, 32, dtype=torch.float64, requires_grad=True)
     batch = pack(queries, 64)
     together = backbone(batch, prompts)[batch.target_of_query]
@@ -71,7 +71,7 @@ def test_packing_is_exact(checkpoint, tmp_path):
     alone = []
     for query in queries:
         rows = [prompts[-1 - t] if t < 0 else weights[t] for t in query.tokens]
-        alone.append(backbone.model(inputs_embeds=torch.stack(rows)[None]).logits[0, query.target])
+        alone.append(backbone.model(inputs_embeds=torch.stack(rows)[None]).logits[0, query.targets[0]])
     expected = torch.stack(alone)
     assert (together - expected).norm() < 1e-12 * expected.norm()
     (reference,) = torch.autograd.grad(expected.logsumexp(-1).sum(), prompts)

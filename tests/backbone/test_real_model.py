@@ -23,16 +23,18 @@ def backbone():
 
 
 def test_it_is_a_language_model(backbone):
-    query = Template.parse("The capital of [X] is [Y] .").render("France", backbone.text_encoder())
+    query = Template.parse("The capital of [X] is [Y] .").render({"X": "France"}, backbone.text_encoder())
     with torch.no_grad():
         logits = backbone(pack([query], 64))
-    assert backbone.text_of(int(logits[0].argmax())) == "Paris"
+    assert backbone.tokenization.text_of(int(logits[0].argmax())) == "Paris"
 
 
 def test_packed_equals_plain(backbone):
     template = Template.parse("The capital of [X] is [Y] .")
     encoder = backbone.text_encoder()
-    queries = [template.render(subject, encoder) for subject in ("South Korea", "South Africa", "Denmark", "Peru")]
+    queries = [
+        template.render({"X": subject}, encoder) for subject in ("South Korea", "South Africa", "Denmark", "Peru")
+    ]
     batch = pack(queries, 64)
     with torch.no_grad():
         packed = backbone(batch)[batch.target_of_query]
@@ -41,8 +43,8 @@ def test_packed_equals_plain(backbone):
 
 
 def test_words_are_single_tokens(backbone):
-    tokens = backbone.single_tokens(["Paris", "Copenhagen", "Ouagadougou"])
-    assert [backbone.tokenizer.decode([token]) for token in tokens[:2]] == [" Paris", " Copenhagen"]
+    tokens = backbone.tokenization.single_tokens(["Paris", "Copenhagen", "Ouagadougou"])
+    assert [backbone.tokenization.tokenizer.decode([token]) for token in tokens[:2]] == [" Paris", " Copenhagen"]
     assert tokens[2] is None
 
 

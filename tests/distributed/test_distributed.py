@@ -199,7 +199,7 @@ with joined_world(force=True) as world:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     before = peak()
     backbone = load_backbone(sys.argv[3], deepspeed=config)
-    backbone(pack([Query((1, 2, 3), 2)], 64))
+    backbone(pack([Query((1, 2, 3), (2,))], 64))
     grown = peak() - before
     size = sum(p.ds_numel * p.element_size() for p in backbone.parameters())
 sys.stdout.write(f"grown {grown / size:.3f}\\n")  # in one piece, since four processes write

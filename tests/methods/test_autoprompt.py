@@ -11,39 +11,44 @@ from torch.nn.functional import cross_entropy
 
 from megaprompt.config import ProbeConfig
 from megaprompt.distributed.launch import World
-from megaprompt.engine.training import Hooks, Interrupted
+from megaprompt.engine.learner import TrainingSet
+from megaprompt.engine.passes import Questions, Workplace
+from megaprompt.engine.trainer import Hooks, Interrupted
 from megaprompt.methods.autoprompt import Search, candidates_of, filled, losses, promising, search, text_of
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.template import Template
-from megaprompt.run.job import _Job, probe
-from megaprompt.tasks.task import Examples, Task
+from megaprompt.run.directory import RunDirectory
+from megaprompt.run.job import probe
 from tests.backbone.test_masked import small_model, word_tokenizer
-from tests.conftest import PAIRS, TEMPLATES, plain_logits, run_cli
+from tests.conftest import PAIRS, TEMPLATES, instances_of, objective_of, plain_logits, run_cli
 from tests.distributed.test_distributed import CONFIGS, torchrun
 
 TEMPLATE = Template.parse("[X]<3>[Y]")
-SHARED = {"world": World(), "size": PassSize(64, 128)}
 
 
 @pytest.fixture
 def task(make_backbone):
     """P36 on a small Llama in double precision."""
     backbone = make_backbone("llama")
-    subjects, objects = zip(*PAIRS["P36"], strict=True)
-    queries = [TEMPLATE.render(subject, backbone.text_encoder()) for subject in subjects]
-    facts = Examples(queries, backbone.single_tokens(objects))
-    return backbone, Task("P36", 3, facts, facts)
+    facts, objective = instances_of(backbone, TEMPLATE, PAIRS["P36"]), objective_of(backbone)
+    at = Workplace.shared(backbone, PassSize(64, 128), World(), objective)
+    return at, TrainingSet("P36", objective, 3, facts, facts)
+
+
+def asked(data, tokens=None) -> Questions:
+    return Questions(data.train if tokens is None else filled(data.train, tokens), data.objective)
 
 
 def test_the_estimate_is_the_slope_of_the_loss(task):
-    backbone, task = task
-    tokens, place = backbone.encode([" the capital of"], is_start=False)[0][:3], 1
-    gains = promising(backbone, task.train, tokens, place, **SHARED)
+    at, data = task
+    backbone = at.backbone
+    tokens, place = backbone.tokenization.encode([" the capital of"], is_start=False)[0][:3], 1
+    gains = promising(at, asked(data), tokens, place)
     table = backbone.model.get_input_embeddings().weight
     present = table[tokens].clone()
 
     def loss(vectors):
-        return losses_of_vectors(backbone, task.train, vectors)
+        return losses_of_vectors(backbone, data.train, vectors)
 
     for other in (5, 77, 300):
         step = torch.zeros_like(present)
@@ -53,69 +58,75 @@ def test_the_estimate_is_the_slope_of_the_loss(task):
 
 
 @torch.no_grad()
-def losses_of_vectors(backbone, examples: Examples, vectors):
-    return cross_entropy(plain_logits(backbone, examples.queries, vectors), torch.tensor(examples.objects))
+def losses_of_vectors(backbone, instances, vectors):
+    queries, gold = [one.queries[0] for one in instances], torch.tensor([one.gold for one in instances])
+    return cross_entropy(plain_logits(backbone, queries, vectors), gold)
 
 
 def test_candidates_are_tried_as_what_they_are(task):
-    backbone, task = task
+    at, data = task
     choices = [[3, 4, 5], [3, 99, 5], [3, 4, 5]]
-    allowed = torch.ones(backbone.vocabulary_size, dtype=torch.bool)
-    found = losses(backbone, [filled(task.train, choice) for choice in choices], allowed, **SHARED)
-    table = backbone.model.get_input_embeddings().weight
+    found = losses(at, [asked(data, choice) for choice in choices])
+    table = at.backbone.model.get_input_embeddings().weight
     for choice, loss in zip(choices, found, strict=True):
-        assert loss.item() == pytest.approx(losses_of_vectors(backbone, task.train, table[choice]).item(), rel=1e-9)
+        assert loss.item() == pytest.approx(losses_of_vectors(at.backbone, data.train, table[choice]).item(), rel=1e-9)
 
 
-def run(backbone, task, steps, seed=0, should_stop=lambda: False):
+def run(at, data, steps, seed=0, should_stop=lambda: False):
     lines = []
-    allowed = torch.ones(backbone.vocabulary_size, dtype=torch.bool)
     hooks = Hooks(log=lines.append, should_stop=should_stop)
-    settings = Search(steps=steps, candidates=8, batch_size=len(task.train), steps_per_dev=5)
-    return search(backbone, task, settings, allowed=allowed, seed=seed, hooks=hooks, **SHARED), lines
+    settings = Search(steps=steps, candidates=8, batch_size=len(data.train), steps_per_dev=5)
+    golds = [one.gold for one in data.train]
+    return search(at, data, settings, answers_of_train=golds, seed=seed, hooks=hooks), lines
 
 
 def test_the_loss_falls_and_the_best_tokens_on_dev_are_kept(task):
-    backbone, task = task
-    found, lines = run(backbone, task, 30)
+    at, data = task
+    found, lines = run(at, data, 30)
     every = [line["loss"] for line in lines]  # of all facts here, so that it never rises
     assert every == sorted(every, reverse=True)
-    allowed = torch.ones(backbone.vocabulary_size, dtype=torch.bool)
-    start = backbone.encode([" the"], is_start=False)[0][:1] * 3
-    (before,) = losses(backbone, [filled(task.train, start)], allowed, **SHARED).tolist()
+    start = at.backbone.tokenization.encode([" the"], is_start=False)[0][:1] * 3
+    (before,) = losses(at, [asked(data, start)]).tolist()
     assert every[-1] < before - 0.1
     best = max(lines, key=lambda line: (line["dev_p_at_1"], line["dev_mrr"]))
     assert (found.tokens, found.step) == (best["tokens"], best["step"])
-    assert run(backbone, task, 30)[0] == found
-    assert run(backbone, task, 30, seed=1)[1] != lines
+    assert run(at, data, 30)[0] == found
+    assert run(at, data, 30, seed=1)[1] != lines
 
 
 def test_the_prompt_asks_and_does_not_answer(task):
-    backbone, task = task
-    candidates = candidates_of(backbone, task.train.objects)
-    words = {backbone.tokenizer.decode([token]).strip() for token in candidates.nonzero().flatten().tolist()}
+    at, data = task
+    backbone = at.backbone
+    candidates = candidates_of(backbone, [one.gold for one in data.train])
+    words = {
+        backbone.tokenization.tokenizer.decode([token]).strip() for token in candidates.nonzero().flatten().tolist()
+    }
     assert {"capital", "of", "is"} <= words
     assert not words & {*(o for _, o in PAIRS["P36"]), "<eos>", "", "The", "France"}
-    found, _ = run(backbone, task, 10)
-    start = backbone.encode([" the"], is_start=False)[0][0]
+    found, _ = run(at, data, 10)
+    start = backbone.tokenization.encode([" the"], is_start=False)[0][0]
     assert all(candidates[token] or token == start for token in found.tokens)
 
 
 def test_prompts_can_be_read_by_people_and_read_again(make_backbone):
     backbone = make_backbone("llama")
-    tokens = backbone.encode(["vik"], is_start=False)[0] + backbone.encode([" capital of"], is_start=False)[0]
+    tokens = (
+        backbone.tokenization.encode(["vik"], is_start=False)[0]
+        + backbone.tokenization.encode([" capital of"], is_start=False)[0]
+    )
     template = Template.parse(f"[X]<{len(tokens)}>[Y] .")
     text = text_of(template, tokens, backbone)
     assert text == "[X]vik capital of [Y] ."
     encoder = backbone.text_encoder()
-    query = filled(Examples([template.render("Peru", encoder)], [0]), tokens).queries[0]
-    assert Template.parse(text).render("Peru", encoder) == query
+    [asked_alone] = filled(instances_of(backbone, template, [("Peru", "Lima")]), tokens)
+    [query] = asked_alone.queries
+    assert Template.parse(text).render({"X": "Peru"}, encoder) == query
 
 
 def test_interruption(task):
-    backbone, task = task
+    at, data = task
     with pytest.raises(Interrupted, match="which searches P36 from its start"):
-        run(backbone, task, 10, should_stop=itertools.chain([False, False], itertools.repeat(True)).__next__)
+        run(at, data, 10, should_stop=itertools.chain([False, False], itertools.repeat(True)).__next__)
 
 
 # -------------------------------------------------------------------------------------------------------------- the job
@@ -162,18 +173,18 @@ def test_on_a_masked_model(data_directory, tmp_path):
 def test_a_signal_stops_between_relations_and_the_next_start_goes_on_there(config, methods, tmp_path, monkeypatch):
     config = replace(config, methods=methods, max_epochs=2)
     whole = probe(replace(config, out=tmp_path / "whole"))
-    write = _Job.write_predictions
+    write = RunDirectory.write_predictions
 
-    def write_and_signal(self, method, name, found):
-        write(self, method, name, found)
+    def write_and_signal(self, name, lines):
+        write(self, name, lines)
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(_Job, "write_predictions", write_and_signal)
+    monkeypatch.setattr(RunDirectory, "write_predictions", write_and_signal)
     _, second = whole["data"]["relations"]
     with pytest.raises(Interrupted, match=f"before {second}; continue with --resume"):
         probe(config)
     done = []
-    monkeypatch.setattr(_Job, "write_predictions", lambda self, *args: (done.append(args[1]), write(self, *args)))
+    monkeypatch.setattr(RunDirectory, "write_predictions", lambda self, *a: (done.append(a[0]), write(self, *a)))
     resumed = probe(replace(config, resume=True))
     assert done == [second]
     assert resumed["methods"] == whole["methods"]

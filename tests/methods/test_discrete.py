@@ -6,18 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from megaprompt.config import ProbeConfig
-from megaprompt.distributed.launch import World
-from megaprompt.engine.evaluation import predict_together, rank_of_gold
-from megaprompt.engine.training import Learned, Trainer
+from megaprompt.engine.learner import Learned
+from megaprompt.engine.trainer import Trainer
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.methods.discrete import read_discrete_prompts
-from megaprompt.prompting.packing import PassSize
-from megaprompt.prompting.template import Template
 from megaprompt.run.job import probe
-from tests.conftest import PAIRS, run_cli
+from tests.conftest import run_cli
 from tests.distributed.test_distributed import torchrun
 
 WORDINGS = ("The capital of [X] is [Y] .", "[X] , capital [Y]", "[X] is in [Y] .")
@@ -44,30 +40,6 @@ def config(backbone_directory, data_directory, tmp_path) -> ProbeConfig:
     return ProbeConfig(
         backbone=str(backbone_directory), data=str(data_directory), methods=("manual",), out=tmp_path / "run"
     )
-
-
-def test_an_ensemble_is_the_weighted_mean_of_log_probabilities(make_backbone):
-    backbone = make_backbone("llama")
-    encoder = backbone.text_encoder()
-    subjects, objects = zip(*PAIRS["P36"], strict=True)
-    gold = backbone.single_tokens(objects)
-    wordings = [[Template.parse(text).render(subject, encoder) for subject in subjects] for text in WORDINGS]
-    weights = [0.5, 0.3, 0.2]
-    allowed = torch.ones(backbone.vocabulary_size, dtype=torch.bool)
-    allowed[::7] = False
-    allowed[gold] = True
-    found = predict_together(
-        backbone, wordings, weights, gold, allowed=allowed, world=World(), size=PassSize(16, 32), top=3
-    )
-    scores = torch.zeros(len(subjects), backbone.vocabulary_size, dtype=torch.float64)
-    for queries, weight in zip(wordings, weights, strict=True):
-        for i, query in enumerate(queries):
-            logits = backbone.model(torch.tensor([query.tokens])).logits[0, -1, : backbone.vocabulary_size]
-            scores[i] += weight * logits.detach().log_softmax(0)
-    assert torch.equal(found.rank, rank_of_gold(scores.float(), torch.tensor(gold), allowed))
-    expected = scores.log_softmax(1).gather(1, torch.tensor(gold)[:, None])[:, 0]
-    torch.testing.assert_close(found.log_probability, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(found.top_tokens[:, 0], scores.masked_fill(~allowed, -torch.inf).argmax(1))
 
 
 def test_the_best_on_train_and_all_together(config, many):
@@ -97,7 +69,7 @@ def test_the_best_on_train_and_all_together(config, many):
 def test_files_of_one_prompt_per_relation(tmp_path):
     file = write(tmp_path / "autoprompt.jsonl", [{"relation": "P36", "template": "[X]vik capital [Y]."}])
     (prompt,) = read_discrete_prompts(file)["P36"]
-    assert (prompt.template.text, prompt.weight) == ("[X]vik capital [Y].", 1.0)
+    assert (prompt.text, prompt.weight) == ("[X]vik capital [Y].", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +102,7 @@ def test_manual_vectors_need_a_prompt_without_encoder(config, encoder):
 
 
 def test_before_training_vectors_of_the_manual_prompt_score_as_it_does(config, monkeypatch):
-    monkeypatch.setattr(Trainer, "train", lambda self, *_: {x.task.relation: start(x) for x in self.learners})
+    monkeypatch.setattr(Trainer, "train", lambda self, *_: {x.data.task: start(x) for x in self.learners})
     results = probe(replace(config, methods=("manual", "p-tuning"), init="manual", encoder="none"))
     manual, learned = (results["methods"][name]["relations"] for name in ("manual", "p-tuning"))
     for name in manual:
@@ -144,7 +116,7 @@ def test_before_training_vectors_of_the_manual_prompt_score_as_it_does(config, m
 
 
 def start(learner) -> Learned:
-    return Learned(learner.encoder().detach(), 0, 0, {"p_at_1": 0.0, "mrr": 0.0})
+    return Learned(learner.prompt(), 0, 0, {"p_at_1": 0.0, "mrr": 0.0})
 
 
 def test_vectors_of_the_manual_prompt_are_trained_from_there(config):

@@ -12,31 +12,27 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from megaprompt.distributed.launch import World
-from megaprompt.engine.fine_tuning import FineTuner
-from megaprompt.engine.training import Hooks, Interrupted
-from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.engine.learner import TrainingSet
+from megaprompt.engine.trainer import Hooks, Interrupted, Trainer
+from megaprompt.engine.weights import Weights
+from megaprompt.errors import UsageError
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.recipe import Recipe
 from megaprompt.prompting.template import Template
 from megaprompt.run.job import ProbeConfig, probe
-from megaprompt.tasks.task import Examples, Task
-from tests.conftest import PAIRS, run_cli, write_data
+from tests.conftest import PAIRS, instances_of, objective_of, run_cli, write_data
 from tests.distributed.test_distributed import torchrun
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(0.001, 5e-4, 0.98, batch_size=8, max_epochs=4, patience=4)
 
 
-def tuner_for(backbone, size=PassSize(), recipe=RECIPE) -> FineTuner:  # noqa: B008 (frozen)
+def tuner_for(backbone, size=PassSize(), recipe=RECIPE, keep=lambda learner: learner.epoch) -> Trainer:  # noqa: B008
     backbone.requires_grad_(True)
-    encoder, template = backbone.text_encoder(), Template.parse("[X] [Y]")
-    subjects, objects = zip(*PAIRS["P36"], strict=True)
-    facts = Examples([template.render(s, encoder) for s in subjects], backbone.single_tokens(objects))
-    return FineTuner(backbone, Task("P36", 0, facts, facts), recipe, size=size, world=World())
-
-
-def allowed(backbone):
-    return torch.ones(backbone.vocabulary_size, dtype=torch.bool)
+    facts = instances_of(backbone, Template.parse("[X] [Y]"), PAIRS["P36"])
+    data = TrainingSet("P36", objective_of(backbone), 0, facts, facts)
+    weights = Weights(backbone, recipe, World(), None)
+    return Trainer(backbone, [data], recipe, size=size, world=World(), weights=weights, keep=keep)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -45,21 +41,22 @@ def test_a_step_equals_plain_pytorch_in_float64(make_backbone, kind, size):
     tuner, plain = tuner_for(make_backbone(kind), size), make_backbone(kind).requires_grad_(True)
     gradients = {}
 
-    def step(update=tuner.optimizer.step):
+    def step(update=tuner.weights.optimizer.step):
         gradients.update((name, parameter.grad.clone()) for name, parameter in tuner.backbone.named_parameters())
         update()
 
-    tuner.optimizer.step = step
-    batch = tuner.course.next_batch()
-    tuner.course.cursor = 0
+    tuner.weights.optimizer.step = step
+    [learner] = tuner.learners
+    batch = learner.next_batch()
+    learner.cursor = 0
     tuner.train_step()
 
     optimizer = torch.optim.Adam(plain.parameters(), RECIPE.learning_rate, weight_decay=RECIPE.weight_decay)
-    facts = tuner.course.task.train
+    facts = learner.data.train
     losses = []
     for i in batch:
-        logits = plain.model(torch.tensor([facts.queries[i].tokens])).logits[0, -1:]
-        losses.append(cross_entropy(logits, torch.tensor([facts.objects[i]])))
+        logits = plain.model(torch.tensor([facts[i].queries[0].tokens])).logits[0, -1:]
+        losses.append(cross_entropy(logits, torch.tensor([facts[i].gold])))
     torch.stack(losses).mean().backward()
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-10, atol=1e-12)
@@ -73,19 +70,21 @@ def test_a_step_equals_plain_pytorch_in_float64(make_backbone, kind, size):
 def test_what_is_kept_belongs_to_the_best_epoch(make_backbone):
     tuner = tuner_for(make_backbone("llama"), recipe=Recipe(0.01, 0.0, 1.0, batch_size=4, max_epochs=8, patience=2))
     lines = []
-    kept = tuner.train(allowed(tuner.backbone), Hooks(log=lines.append), lambda: tuner.course.epoch)
+    found = tuner.train(Hooks(log=lines.append))["P36"]
     best = max(lines, key=lambda line: (line["dev_p_at_1"], line["dev_mrr"]))
-    assert kept == best["epoch"] == tuner.course.best["epoch"]
+    assert found.kept == best["epoch"] == found.best_epoch
     assert best["dev_p_at_1"] > lines[0]["dev_p_at_1"]  # it has learned something
-    assert len(lines) < 8 or not lines[-1]["stopped"] or lines[-1]["epoch"] == 8
+    better = [line["epoch"] for line in lines if line["dev_p_at_1"] == best["dev_p_at_1"]]
+    assert len(lines) == min(8, better[0] + 2)  # patience
 
 
 def test_a_bad_loss_stops_with_advice(make_backbone):
     tuner = tuner_for(make_backbone("gpt2"))
     with torch.no_grad():
         tuner.backbone.model.transformer.ln_f.weight.fill_(float("nan"))
-    with pytest.raises(MegapromptError, match="loss of P36 is nan in step 1; lower the learning rate"):
-        tuner.train_step()
+    found = tuner.train(Hooks())["P36"]
+    assert found.kept is None
+    assert found.diverged["reason"].startswith("the loss is nan in step 1; lower the learning rate")
 
 
 def options(backbone, data, out, *more):
@@ -138,28 +137,29 @@ def test_half_precision_needs_float32_copies(config, tmp_path, more):
 
 def test_interrupted_fine_tuning_goes_on_with_the_next_relation(config, tmp_path, monkeypatch):
     whole = probe(replace(config, out=tmp_path / "whole"))
-    train = FineTuner.train
+    train = Trainer.train
 
-    def interrupted(self, allowed, hooks, keep):
-        hooks.should_stop = lambda: self.course.task.relation == second and self.course.step == 2
-        return train(self, allowed, hooks, keep)
+    def interrupted(self, hooks):
+        hooks.should_stop = lambda: self.learners[0].data.task == second and self.step == 5  # after an epoch
+        return train(self, hooks)
 
     first, second = whole["data"]["relations"]
-    monkeypatch.setattr(FineTuner, "train", interrupted)
-    with pytest.raises(Interrupted, match=f"--resume, which fine-tunes {second} from its start"):
+    monkeypatch.setattr(Trainer, "train", interrupted)
+    with pytest.raises(Interrupted, match="interrupted after step 5; continue with --resume"):
         probe(config)
     saved = json.loads((config.out / "results.json").read_text())
     assert list(saved["unfinished"]["fine-tuning"]) == [first]
     trained = []
 
     def noted(self, *args):
-        trained.append(self.course.task.relation)
+        trained.append(self.learners[0].data.task)
         return train(self, *args)
 
-    monkeypatch.setattr(FineTuner, "train", noted)
+    monkeypatch.setattr(Trainer, "train", noted)
     resumed = probe(replace(config, resume=True))
     assert trained == [second]
     assert resumed["methods"]["fine-tuning"]["relations"] == whole["methods"]["fine-tuning"]["relations"]
+    assert losses(config.out) == losses(tmp_path / "whole")  # no line of the log twice
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ def random_queries(seed: int, count: int, pseudo: int = 6, relations: int = 2) -
         subject = [rng.choice(WORDS) for _ in range(rng.choice((1, 1, 2, 3, 7)))]
         tokens = [first - k for k in range(3)] + subject + [first - 3 - k for k in range(rng.choice((2, 3)))]
         target = len(tokens) - 1 if rng.random() < 0.8 else rng.randrange(3, len(tokens))
-        queries.append(Query(tuple(tokens), target))
-    queries.append(Query((21, 22, 23), 2))  # a manual prompt among them
+        queries.append(Query(tuple(tokens), (target,)))
+    queries.append(Query((21, 22, 23), (2,)))  # a manual prompt among them
     return queries
 
 
@@ -58,7 +58,7 @@ def test_loss_and_encoder_gradients_equal_the_plain_forward(make_backbone, kind,
 
 
 def test_shared_prefixes_are_computed_once():
-    queries = [Query((-1, -2, *subject, -3), len(subject) + 2) for subject in ((5,), (5, 6), (7,), (5,))]
+    queries = [Query((-1, -2, *subject, -3), (len(subject) + 2,)) for subject in ((5,), (5, 6), (7,), (5,))]
     batch = pack(queries, row_tokens=64)
     assert batch.token_ids.shape == (1, 8)  # -1 -2 5 -3 | 6 -3 | 7 -3
     assert batch.targets.numel() == 3
@@ -84,14 +84,14 @@ def test_rows_are_within_the_limit_and_even():
 
 def test_passes_cover_every_query_once_within_the_limit():
     queries = random_queries(5, 300)
-    passes = split_into_passes(queries, PassSize(32, 96))
+    passes = split_into_passes([(query,) for query in queries], PassSize(32, 96))
     assert sorted(i for indices in passes for i in indices) == list(range(len(queries)))
     for indices in passes:
         assert pack([queries[i] for i in indices], 32).token_ids.numel() <= 96
 
 
 def test_a_query_longer_than_a_row_has_its_own(make_backbone):
-    queries = [Query(tuple(range(20, 60)), 39), Query((20, 21), 1)]
+    queries = [Query(tuple(range(20, 60)), (39,)), Query((20, 21), (1,))]
     batch = pack(queries, row_tokens=8)
     assert batch.token_ids.shape[1] == 40
 
@@ -108,22 +108,24 @@ def test_model_head_sees_targets_only(make_backbone):
     backbone = make_backbone()
     shapes = []
     backbone.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-    batch = pack([Query((21, 22, 23), 2), Query((21, 24), 1)], 64)
+    batch = pack([Query((21, 22, 23), (2,)), Query((21, 24), (1,))], 64)
     backbone(batch)
     assert shapes == [(2, backbone.hidden_size)]
 
 
 def test_a_row_for_each_query():
-    queries = [Query((5, -1, 7), 2), Query((5, -1), 1), Query((5, -1, 7), 2), Query((6, 7, 8, 9), 3)]
+    queries = [Query((5, -1, 7), (2,)), Query((5, -1), (1,)), Query((5, -1, 7), (2,)), Query((6, 7, 8, 9), (3,))]
     batch = pack(queries, None)
     assert batch.token_ids.tolist() == [[5, 0, 0, 0], [5, 0, 7, 0], [6, 7, 8, 9]]
     assert batch.padding_mask().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch.targets[batch.target_of_query].tolist() == [6, 1, 6, 11]
     assert batch.pseudo_positions.tolist() == [1, 5]
     assert pack([], None).padding_mask().shape == (1, 1)
-    passes = split_into_passes(queries, PassSize(None, 8))
+    passes = split_into_passes([(query,) for query in queries], PassSize(None, 8))
     assert passes == [[1, 0], [2, 3]]
-    assert sorted(i for part in split_into_passes(queries, PassSize(None, 1)) for i in part) == [0, 1, 2, 3]
+    assert sorted(
+        i for part in split_into_passes([(query,) for query in queries], PassSize(None, 1)) for i in part
+    ) == [0, 1, 2, 3]
 
 
 CAUSAL = {
@@ -150,10 +152,10 @@ def test_every_kind_of_causal_model_is_computed_exactly(tokenizer, kind):
     size = backbone.exact_size(PassSize(64, 64))
     assert size == PassSize(row_tokens, 64)
     template, encoder = Template.parse("<2>[X] is<1>[Y]"), backbone.text_encoder()
-    queries = [template.render(subject, encoder) for subject, _ in PAIRS["P36"]]
+    queries = [template.render({"X": subject}, encoder) for subject, _ in PAIRS["P36"]]
     prompts = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
     found = [torch.zeros(0)] * len(queries)
-    for part in split_into_passes(queries, size):
+    for part in split_into_passes([(query,) for query in queries], size):
         batch = pack([queries[i] for i in part], size.row_tokens)
         for i, row in zip(part, backbone(batch, prompts)[batch.target_of_query], strict=True):
             found[i] = row

@@ -65,3 +65,10 @@ def test_start_near_embeddings(kind):
 def test_seed_of_is_fixed():
     assert seed_of(0, "P36", "epoch", 1) == 301479911653402070, "checkpoints and published runs depend on it"
     assert 0 <= seed_of(0, "P36") != seed_of(0, "P3", "6")
+
+
+@pytest.mark.parametrize("kind", ["lstm", "mlp", "none"])
+def test_a_single_vector_starts_at_the_mean_embedding(kind):
+    near = EmbeddingStatistics(torch.linspace(-1, 1, 8), 0.5)
+    encoder = new_prompt_encoder(1, 8, kind, seed=0, relation="P36", near=near)
+    torch.testing.assert_close(encoder()[0], near.mean)

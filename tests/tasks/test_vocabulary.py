@@ -10,7 +10,7 @@ from megaprompt.backbone import Tokenization, load_backbone, load_tokenizer
 from megaprompt.cli import main
 from megaprompt.errors import MegapromptError
 from megaprompt.tasks.lama.facts import SPLITS, load_data, read_vocabulary
-from megaprompt.tasks.lama.usable_facts import load_vocabulary
+from megaprompt.tasks.lama.questions import load_vocabulary
 from megaprompt.tasks.lama.vocabulary import Count, beside_lama, common_words, count_facts
 from tests.conftest import PAIRS, make_model, write_facts
 from tests.tasks.test_facts import SHARED
@@ -124,10 +124,10 @@ def test_the_intersection_filters_and_ranks_the_same_words_in_every_kind(directo
     data = load_data("geonames")
     for kind, directory in directories.items():
         backbone = load_backbone(str(directory))
-        allowed = load_vocabulary(str(out), data, backbone).allowed.nonzero().flatten().tolist()
-        entries = backbone.tokenizer.get_vocab()
+        allowed = load_vocabulary(str(out), data, backbone.tokenization).allowed.nonzero().flatten().tolist()
+        entries = backbone.tokenization.tokenizer.get_vocab()
         assert sorted(allowed) == sorted(entries[surface(kind, word)] for word in words)
-        assert sorted(backbone.text_of(i) for i in allowed) == words
+        assert sorted(backbone.tokenization.text_of(i) for i in allowed) == words
 
 
 def test_only_tokenizers_are_loaded(directories, tmp_path):

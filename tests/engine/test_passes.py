@@ -1,0 +1,58 @@
+"""Answers and losses of packed passes, against the plain forward."""
+
+import pytest
+import torch
+
+from megaprompt.distributed.launch import World
+from megaprompt.engine.passes import Questions, Workplace, answers, joint_answers
+from megaprompt.prompting.packing import PassSize
+from megaprompt.prompting.template import Template
+from megaprompt.tasks.lama.one_token import rank_of_gold
+from megaprompt.tasks.task import Instance
+from tests.conftest import PAIRS, instances_of, objective_of, plain_logits
+from tests.prompting.test_packing import random_queries
+
+
+@pytest.mark.parametrize("size", [PassSize(16, 32), PassSize(256, 1024)])
+def test_answers_equal_the_plain_forward(make_backbone, size):
+    backbone = make_backbone("gpt2")
+    prompts = torch.randn(12, backbone.hidden_size, dtype=torch.float64)
+    queries = random_queries(1, 30)
+    gold = torch.randint(0, backbone.vocabulary_size, (len(queries),)).tolist()
+    allowed = torch.zeros(backbone.vocabulary_size, dtype=torch.bool)
+    allowed[gold] = True
+    objective = objective_of(backbone, allowed, top=3)
+    instances = [Instance((query,), token) for query, token in zip(queries, gold, strict=True)]
+    at = Workplace.shared(backbone, size, World(), objective)
+    parts = [Questions(instances[:11], objective), Questions(instances[11:], objective)]  # of two tasks
+    first, second = answers(at, parts, prompts)
+    found = {name: torch.cat([first[name], second[name]]) for name in first}
+    with torch.no_grad():
+        logits = plain_logits(backbone, queries, prompts)
+    assert torch.equal(found["rank"], rank_of_gold(logits, torch.tensor(gold), allowed))
+    expected = logits.log_softmax(1).gather(1, torch.tensor(gold)[:, None])[:, 0]
+    torch.testing.assert_close(found["log_probability"], expected)
+    assert torch.equal(found["top_tokens"], logits.masked_fill(~allowed, -torch.inf).topk(3).indices)
+
+
+def test_an_ensemble_is_the_weighted_mean_of_log_probabilities(make_backbone):
+    backbone = make_backbone("llama")
+    wordings = ("The capital of [X] is [Y] .", "[X] , capital [Y]", "[X] is in [Y] .")
+    asked = [instances_of(backbone, Template.parse(text), PAIRS["P36"]) for text in wordings]
+    gold = [instance.gold for instance in asked[0]]
+    weights = [0.5, 0.3, 0.2]
+    allowed = torch.ones(backbone.vocabulary_size, dtype=torch.bool)
+    allowed[::7] = False
+    allowed[gold] = True
+    objective = objective_of(backbone, allowed, top=3)
+    at = Workplace.shared(backbone, PassSize(16, 32), World(), objective)
+    found = joint_answers(at, asked, weights, objective)
+    scores = torch.zeros(len(gold), backbone.vocabulary_size, dtype=torch.float64)
+    for instances, weight in zip(asked, weights, strict=True):
+        for i, instance in enumerate(instances):
+            logits = backbone.model(torch.tensor([instance.queries[0].tokens])).logits[0, -1, : len(allowed)]
+            scores[i] += weight * logits.detach().log_softmax(0)
+    assert torch.equal(found["rank"], rank_of_gold(scores, torch.tensor(gold), allowed))
+    expected = scores.log_softmax(1).gather(1, torch.tensor(gold)[:, None])[:, 0]
+    torch.testing.assert_close(found["log_probability"], expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(found["top_tokens"][:, 0], scores.masked_fill(~allowed, -torch.inf).argmax(1))
