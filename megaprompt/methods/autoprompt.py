@@ -54,6 +54,7 @@ class AutoPrompt:
 
     def check(self, context: Context) -> None:
         for task in context.tasks.values():
+            task.must_be_answerable("autoprompt")
             self._template(task, context)
 
     def _template(self, task: Task, context: Context) -> Template:

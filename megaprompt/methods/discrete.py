@@ -83,6 +83,7 @@ class Discrete:
 
     def check(self, context: Context) -> None:
         for task in context.tasks.values():
+            task.must_be_answerable(self.name)
             if not self._usable(task):
                 _ = task.manual_template
 

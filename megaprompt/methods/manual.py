@@ -13,6 +13,7 @@ class Manual:
 
     def check(self, context: Context) -> None:
         for task in context.tasks.values():
+            task.must_be_answerable("manual")
             _ = task.manual_template
 
     def run(self, context: Context) -> None:

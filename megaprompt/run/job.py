@@ -8,7 +8,7 @@ results = probe(ProbeConfig(relations=("P36", "P30"), out=Path("runs/two")))
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,14 @@ from megaprompt.distributed.zero3 import DeepSpeedSettings, read_deepspeed_confi
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.methods import Prompts, chosen_methods
 from megaprompt.methods.discrete import read_discrete_prompts
+from megaprompt.methods.method import Method
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.template import Template
 from megaprompt.run.context import RunContext
 from megaprompt.run.directory import SCHEMA, RunDirectory
 from megaprompt.run.environment import environment
 from megaprompt.run.progress import ProgressFile
-from megaprompt.tasks.lama.facts import Data, load_data
+from megaprompt.tasks.lama.facts import load_data
 from megaprompt.tasks.lama.questions import Vocabulary, lama_tasks, load_vocabulary
 from megaprompt.tasks.task import SPLITS, Split, Task
 
@@ -79,7 +80,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         limit=config.limit_facts,
         seed=config.seed,
     )
-    results = results or _new_results(backbone, data, vocabulary, tasks, world)
+    results = results or new_results(backbone, tasks, world, data=data.name, vocabulary=vocabulary)
     _check_same_backbone(results, backbone, run)
 
     def load(trainable: bool) -> tuple[Backbone, dict[str, Any] | None]:
@@ -110,13 +111,20 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         method.check(context)
     if world.is_main and not config.resume:  # everything that can be wrong from the start has been checked
         run.write_config(config)
+    return run_methods(context, methods)
+
+
+def run_methods(context: RunContext, methods: Sequence[Method]) -> dict[str, Any]:
+    """Ask in all ways that have no results yet, and write everything down; returns what is in results.json."""
+    results = context.results
+    context.status.score(*next(iter(results["metrics"].items())))
     context.save(report=False)
     for method in methods:
         if any(column not in results["methods"] for column in method.columns):
             method.run(context)
     results["complete"] = True
     context.save()
-    world.barrier()
+    context.world.barrier()
     return results
 
 
@@ -162,9 +170,15 @@ def _name(backbone: Backbone) -> str:
     return str(backbone.model.dtype).removeprefix("torch.")
 
 
-def _new_results(
-    backbone: Backbone, data: Data, vocabulary: Vocabulary, tasks: Mapping[str, Task], world: World
+def new_results(
+    backbone: Backbone, tasks: Mapping[str, Task], world: World, *, data: str, vocabulary: Vocabulary | None = None
 ) -> dict[str, Any]:
+    """results.json before anything was asked.
+
+    Args:
+        data: its name.
+        vocabulary: the tokens that count as answers, if answers are tokens.
+    """
     objective = next(iter(tasks.values())).objective
     return {
         "schema": SCHEMA,
@@ -180,8 +194,8 @@ def _new_results(
         "metrics": dict(objective.metrics),
         "items": objective.items,
         "data": {
-            "name": data.name,
-            "vocabulary": {"name": vocabulary.name, "tokens": int(vocabulary.allowed.sum())},
+            "name": data,
+            "vocabulary": vocabulary and {"name": vocabulary.name, "tokens": int(vocabulary.allowed.sum())},
             "relations": {name: _describe(task) for name, task in tasks.items()},
         },
         "methods": {},

@@ -68,7 +68,13 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         **first,
         "complete": len(complete) == len(found),
         "data": {**first["data"], "relations": together(("data",))},
-        "methods": {method: {"relations": rows, **summarize(rows, list(first.get("metrics", {"p_at_1": "", "p_at_10": "", "mrr": ""})))} for method, rows in methods.items()},
+        "methods": {
+            method: {
+                "relations": rows,
+                **summarize(rows, list(first.get("metrics", {"p_at_1": "", "p_at_10": "", "mrr": ""}))),
+            }
+            for method, rows in methods.items()
+        },
         "timing": {"training_seconds": sum(r["timing"].get("training_seconds", 0.0) for r in (first, *others))},
         "peak_memory_bytes": [peak for r in (first, *others) for peak in r["peak_memory_bytes"]],
     }

@@ -76,6 +76,11 @@ class Objective(ABC):
         """What is trained on top of the backbone for this question; None if nothing is."""
         return None
 
+    @property
+    def needs_training(self) -> bool:
+        """Whether nothing can be answered without training."""
+        return self.new_head(1) is not None
+
     @abstractmethod
     def scores(self, outputs: Outputs, head: nn.Module | None) -> Tensor:
         """[I, answers], differentiable; a softmax over them are the probabilities of the answers."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
-from megaprompt.errors import MegapromptError
+from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.template import FACT, Query, Template, TextEncoder
 from megaprompt.tasks.objective import Objective
 
@@ -54,6 +54,18 @@ class Task:
             UsageError: it has other places than the task.
         """
         return Template.parse(text, self.fields)
+
+    def must_be_answerable(self, method: str) -> None:
+        """See that the question can be answered without training.
+
+        Raises:
+            UsageError: it is answered by a head.
+        """
+        if self.objective.needs_training:
+            raise UsageError(
+                f"--methods {method}: {self.name} is answered by a head, which has to be trained; use p-tuning or "
+                f"fine-tuning"
+            )
 
     @property
     def manual_template(self) -> Template:
