@@ -25,15 +25,15 @@ from throughput import Original, Peft  # the benchmark beside this one
 
 from megaprompt.backbone import load_backbone
 from megaprompt.distributed.launch import World
-from megaprompt.engine.training import Trainer
+from megaprompt.engine.learner import TrainingSet
+from megaprompt.engine.trainer import Trainer
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.prompt_encoder import PromptEncoder
 from megaprompt.prompting.recipe import RECIPES, Recipe
 from megaprompt.prompting.template import Template
 from megaprompt.resources.measure import PeakMemory
 from megaprompt.tasks.lama.facts import load_data
-from megaprompt.tasks.lama.usable_facts import load_vocabulary, usable_relations
-from megaprompt.tasks.task import Examples, Task
+from megaprompt.tasks.lama.questions import lama_tasks, load_vocabulary
 
 LEARNERS = ("original", "peft", "megaprompt")
 STEPS = 3
@@ -45,19 +45,20 @@ def grown(learner: str, spec: str, facts: int) -> int:
     for parameter in backbone.parameters():  # out of mapped files, into memory
         parameter.data = parameter.data.clone()
     data = load_data("geonames")
-    everything = load_vocabulary("none", data, backbone)
-    usable = usable_relations(data, backbone, everything, names=["P17"], splits=("train",), limit=facts, seed=0)["P17"]
-    if len(usable.facts["train"]) < facts:
-        sys.exit(f"there are only {len(usable.facts['train'])} facts")
+    everything = load_vocabulary("none", data, backbone.tokenization)
+    task = lama_tasks(data, backbone, everything, names=["P17"], splits=("train",), limit=facts, seed=0)["P17"]
+    examples = task.examples["train"]
+    if len(examples) < facts:
+        sys.exit(f"there are only {len(examples)} facts")
     template = Template.parse("<3>[X]<3>[Y]")
-    subjects, objects = [fact.subject for fact in usable.facts["train"]], usable.objects["train"]
+    subjects, objects = [example.fields["X"] for example in examples], [example.gold for example in examples]
     start = PeakMemory.now()
     with PeakMemory(None, Path(os.devnull)) as memory:
         if learner == "megaprompt":
-            train = usable.examples("train", template, backbone)
-            task = Task("P17", template.num_pseudo_tokens, train, Examples(train.queries[:1], train.objects[:1]))
+            train = task.instances("train", template)
+            learned_from = TrainingSet("P17", task.objective, template.num_pseudo_tokens, train, train[:1])
             recipe = Recipe(RECIPES["fast"].learning_rate, 0.0, 1.0, batch_size=facts, max_epochs=STEPS, patience=STEPS)
-            trainer = Trainer(backbone, [task], recipe, size=PassSize(), world=World())
+            trainer = Trainer(backbone, [learned_from], recipe, size=PassSize(), world=World())
             for _ in range(STEPS):
                 trainer.learners[0].cursor = 0
                 trainer.train_step()

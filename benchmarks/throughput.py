@@ -29,7 +29,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -40,15 +40,16 @@ from torch.nn.functional import cross_entropy
 
 from megaprompt.backbone import Backbone, load_backbone
 from megaprompt.distributed.launch import World
-from megaprompt.engine.evaluation import predict
-from megaprompt.engine.training import Trainer
+from megaprompt.engine.learner import Learner, TrainingSet
+from megaprompt.engine.passes import Questions, answers
+from megaprompt.engine.trainer import Trainer, numbered_from
 from megaprompt.prompting.packing import PassSize, pack
 from megaprompt.prompting.prompt_encoder import PromptEncoder
 from megaprompt.prompting.recipe import RECIPES
 from megaprompt.prompting.template import Template
 from megaprompt.tasks.lama.facts import load_data
-from megaprompt.tasks.lama.usable_facts import load_vocabulary, usable_relations
-from megaprompt.tasks.task import Examples, Task
+from megaprompt.tasks.lama.questions import lama_tasks, load_vocabulary
+from megaprompt.tasks.task import Instance
 
 BATCH = 8
 FRONT = "<6>[X][Y]"
@@ -147,6 +148,20 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def asked(learners: Sequence[Learner], batches: Mapping[str, list[int]]) -> list[Questions]:
+    """A batch of training facts of every relation, as they stand in one pass."""
+    questions, offset = [], 0
+    for learner in learners:
+        instances = [learner.data.train[i] for i in batches[learner.data.task]]
+        questions.append(Questions(numbered_from(instances, offset), learner.data.objective))
+        offset += learner.data.num_pseudo_tokens
+    return questions
+
+
+def flat(questions: Sequence[Questions]) -> list[Instance]:
+    return [instance for each in questions for instance in each.instances]
+
+
 def matmul_rate(size: int = 3072) -> float:
     """Floating-point operations per second of a large matrix product."""
     a, b = torch.randn(size, size), torch.randn(size, size)
@@ -182,24 +197,24 @@ def main() -> None:
 
     backbone = load_backbone(args.backbone)
     data = load_data("geonames")
-    everything = load_vocabulary("none", data, backbone)
-    relations = usable_relations(
+    everything = load_vocabulary("none", data, backbone.tokenization)
+    relations = lama_tasks(
         data, backbone, everything, names=args.relations.split(","), splits=("train",), limit=None, seed=0
     )
     template = Template.parse("<3>[X]<3>[Y]")
     recipe = RECIPES["fast"]
 
     def trainer_for(template: Template) -> Trainer:
-        tasks = []
-        for name, usable in relations.items():
-            train = usable.examples("train", template, backbone)
-            tasks.append(Task(name, template.num_pseudo_tokens, train, Examples(train.queries[:1], train.objects[:1])))
-        return Trainer(backbone, tasks, recipe, size=PassSize(), world=World())
+        data = []
+        for name, task in relations.items():
+            train = task.instances("train", template)
+            data.append(TrainingSet(name, task.objective, template.num_pseudo_tokens, train, train[:1]))
+        return Trainer(backbone, data, recipe, size=PassSize(), world=World())
 
     ours, front = trainer_for(template), trainer_for(Template.parse(FRONT))
     originals = [Original(backbone, template, copy.deepcopy(learner.encoder)) for learner in ours.learners]
-    evaluation = {name: usable.examples("train", template, backbone) for name, usable in relations.items()}
-    subjects = {name: [fact.subject for fact in usable.facts["train"]] for name, usable in relations.items()}
+    subjects = {name: [example.fields["X"] for example in task.examples["train"]] for name, task in relations.items()}
+    objects = {name: [example.gold for example in task.examples["train"]] for name, task in relations.items()}
 
     # PEFT starts its encoder in its own way: its vectors are given to megaprompt, to compare losses.
     pefts = [Peft(backbone) for _ in relations]
@@ -209,11 +224,11 @@ def main() -> None:
     for round_number in range(args.rounds + 1):  # the first one warms up
         for learner in ours.learners:
             learner.epoch_loss = 0.0
-            if learner.cursor + BATCH > len(learner.task.train):  # every round has full batches
+            if learner.cursor + BATCH > len(learner.data.train):  # every round has full batches
                 learner.epoch, learner.cursor = learner.epoch + 1, 0
-        batches = {learner.task.relation: copy.copy(learner).next_batch() for learner in ours.learners}
+        batches = {learner.data.task: copy.copy(learner).next_batch() for learner in ours.learners}
         chosen = {
-            name: ([subjects[name][i] for i in batch], [relations[name].objects["train"][i] for i in batch])
+            name: ([subjects[name][i] for i in batch], [objects[name][i] for i in batch])
             for name, batch in batches.items()
         }
         counted: dict[str, float] = {}
@@ -224,12 +239,12 @@ def main() -> None:
                 run(*c[name], train=True)[0] for run, name in zip(originals, relations, strict=True)
             )
         )
-        queries, _ = ours._gather([(ln, ln.task.train, batches[ln.task.relation]) for ln in ours.learners])
+        queries = [instance.queries[0] for instance in flat(asked(ours.learners, batches))]
         counted["train megaprompt"] = timed(ours.train_step)
-        loss_ours = [ln.epoch_loss / len(batches[ln.task.relation]) for ln in ours.learners]
+        loss_ours = [ln.epoch_loss / len(batches[ln.data.task]) for ln in ours.learners]
         if round_number == 0:  # from equal prompts; afterwards rounding may lead the runs apart
             losses["original"] = max(abs(a - b) / b for a, b in zip(loss_ours, loss_original, strict=True))
-            needed["train"] = operations(backbone, pack(queries, ours.size.row_tokens), train=True)
+            needed["train"] = operations(backbone, pack(queries, ours.at.size.row_tokens), train=True)
 
         vectors = [run.vectors() for run in pefts]
         loss_peft: list[float] = []
@@ -239,14 +254,13 @@ def main() -> None:
             )
         )
         if round_number == 0:
-            picks = [(ln, ln.task.train, batches[ln.task.relation]) for ln in front.learners]
-            front_queries, front_objects = front._gather(picks)
-            batch = pack(front_queries, 256)
+            in_front = flat(asked(front.learners, batches))
+            batch = pack([instance.queries[0] for instance in in_front], 256)
             with torch.no_grad():
                 logits = backbone(batch, torch.cat(vectors))[batch.target_of_query]
-            parts = cross_entropy(logits, torch.tensor(front_objects), reduction="none").split(
-                [len(batches[name]) for name in relations]
-            )
+            parts = cross_entropy(
+                logits, torch.tensor([instance.gold for instance in in_front]), reduction="none"
+            ).split([len(batches[name]) for name in relations])
             differences = [abs(p.mean().item() - q) / q for p, q in zip(parts, loss_peft, strict=True)]
             losses["peft"] = max(differences)
 
@@ -260,18 +274,16 @@ def main() -> None:
             counted["evaluation peft"] = timed(
                 lambda c=chosen: [run(*c[name], train=False) for run, name in zip(pefts, relations, strict=True)]
             )
-        picks = [(ln, evaluation[ln.task.relation], batches[ln.task.relation]) for ln in ours.learners]
         with torch.no_grad():
             prompts = torch.cat([run.encoder() for run in originals])
-        eval_queries, eval_objects = ours._gather(picks)
-        found = []
+        questions = asked(ours.learners, batches)
+        found: list = []
         counted["evaluation megaprompt"] = timed(
-            lambda q=eval_queries, o=eval_objects, p=prompts, out=found: out.append(
-                predict(backbone, q, o, p, allowed=everything.allowed, world=World(), size=ours.size)
-            )
+            lambda q=questions, p=prompts, out=found: out.extend(answers(ours.at, q, p))
         )
-        needed["evaluation"] = operations(backbone, pack(eval_queries, ours.size.row_tokens), train=False)
-        if sum(right) != int((found[0].rank == 1).sum()):
+        packed = pack([instance.queries[0] for instance in flat(questions)], ours.at.size.row_tokens)
+        needed["evaluation"] = operations(backbone, packed, train=False)
+        if sum(right) != sum(int((each["rank"] == 1).sum()) for each in found):
             sys.exit("the original and megaprompt do not rank alike")
         if round_number:
             peaks.append(matmul_rate())

@@ -79,7 +79,7 @@ class _Batch(NamedTuple):
         return torch.full((len(self.instances),), each, dtype=torch.float64)
 
 
-def _numbered_from(instances: Sequence[Instance], offset: int) -> list[Instance]:
+def numbered_from(instances: Sequence[Instance], offset: int) -> list[Instance]:
     """The same instances with their pseudo tokens numbered from `offset`."""
     if not offset:
         return list(instances)
@@ -157,7 +157,7 @@ class Trainer:
         for learner in active:
             instances = [learner.data.train[i] for i in learner.next_batch()]
             rows = slice(offset, offset + learner.data.num_pseudo_tokens)
-            batches.append(_Batch(learner, _numbered_from(instances, offset), rows))
+            batches.append(_Batch(learner, numbered_from(instances, offset), rows))
             offset = rows.stop
         encoders = [learner.encoder for learner in active if learner.encoder is not None]
         outputs = torch.cat([encoder() for encoder in encoders]) if encoders else None
@@ -236,7 +236,7 @@ class Trainer:
         ended = [learner for learner in self.learners if learner.epoch_is_over]
         questions, vectors, offset = [], [], 0
         for learner in ended:
-            dev = _numbered_from(learner.data.dev, offset)
+            dev = numbered_from(learner.data.dev, offset)
             questions.append(Questions(dev, learner.data.objective, learner.head))
             offset += learner.data.num_pseudo_tokens
             if learner.encoder is not None:

@@ -143,14 +143,14 @@ def test_resuming_on_another_number_of_ranks(alone, tmp_path):
 
 STOP_AFTER_3 = """
 import sys
-from megaprompt.engine import training
+from megaprompt.engine import trainer
 from megaprompt.cli import main
 
-original = training.Trainer.train
-def train(self, allowed, hooks):
+original = trainer.Trainer.train
+def train(self, hooks):
     hooks.should_stop = lambda: self.step == 3
-    return original(self, allowed, hooks)
-training.Trainer.train = train
+    return original(self, hooks)
+trainer.Trainer.train = train
 sys.exit(main(["probe", *sys.argv[1:]]))
 """
 
@@ -161,16 +161,16 @@ from pathlib import Path
 from megaprompt.backbone import load_backbone
 from megaprompt.distributed.launch import joined_world
 from megaprompt.distributed.zero3 import read_deepspeed_config, whole
-from megaprompt.engine.training import Hooks
+from megaprompt.engine.trainer import Hooks
 from megaprompt.prompting.recipe import Recipe
-from tests.engine.test_training import trainer_for, allowed
+from tests.engine.test_trainer import trainer_for
 
 with joined_world(force=True) as world:
     before = dict(load_backbone(sys.argv[1]).named_parameters())
     backbone = load_backbone(sys.argv[1], deepspeed=read_deepspeed_config(Path(sys.argv[2])).sharding)
     trainer = trainer_for(backbone, recipe=Recipe(0.01, 0.0, 1.0, batch_size=4, max_epochs=2, patience=9), world=world)
     owned = {id(p) for l in trainer.learners for g in l.optimizer.param_groups for p in g["params"]}
-    trainer.train(allowed(backbone), Hooks())
+    trainer.train(Hooks())
     assert backbone.engine.optimizer.__class__.__name__ == "DeepSpeedZeRoOffload"
     for name, p in backbone.named_parameters():
         assert hasattr(p, "ds_id") and not p.requires_grad and p.grad is None and id(p) not in owned, name

@@ -1,7 +1,7 @@
 import pytest
 
 from megaprompt.errors import UsageError
-from megaprompt.prompting.template import Template, TextEncoder
+from megaprompt.prompting.template import Template, TextEncoder, default_template
 
 
 def spell(text: str, is_start: bool) -> list[int]:
@@ -74,3 +74,69 @@ def test_real_tokenizer_starts_words_with_a_space(make_backbone):
     assert backbone.tokenization.tokenizer.decode(tokens[1:-1]) == " South Korea"
     tokens = Template.parse("[X] is in [Y] .").render({"X": "South Korea"}, encoder).tokens
     assert backbone.tokenization.tokenizer.decode(tokens) == "South Korea is in"
+
+
+# ---------------------------------------------------------------------------------------- other fields, given answers
+
+NLI = ("premise", "hypothesis")
+EXAMPLE = {"premise": "one three seven", "hypothesis": "is it"}
+
+
+def test_fields_have_names_and_other_brackets_are_text():
+    template = Template.parse("[premise] [sic] <1> [hypothesis] ? <2>[Y]", NLI)
+    assert template.num_pseudo_tokens == 3
+    query = template.render(EXAMPLE, ENCODER)
+    assert query.tokens == (103, 105, 105, 105, -1, 0, 102, 102, 101, -2, -3)
+    assert default_template(True, NLI) == "<3>[premise]<3>[hypothesis]<3>[Y]"
+    for wrong in ("[premise][premise] [Y]", "[premise]", "<3>[X][Y]"):
+        with pytest.raises(UsageError, match=r"needs exactly one each of \[premise\], \[hypothesis\] and one \[Y\]"):
+            Template.parse(wrong, NLI)
+
+
+@pytest.mark.parametrize(
+    ("fits", "kept"),
+    [(8, ("one three seven", "is it")), (7, ("one three seven", "is")), (5, ("one three", "")), (3, ("", ""))],
+)
+def test_fields_that_may_be_cut_are_cut_to_fit_the_last_first(fits, kept):
+    template = Template.parse("[premise...] and [hypothesis...] so <1>[Y]", NLI)
+    query = template.render(EXAMPLE, ENCODER, max_tokens=fits)
+    assert query == template.render(dict(zip(NLI, kept, strict=True)), ENCODER)
+    assert len(query.tokens) <= fits
+
+
+def test_what_cannot_be_cut_enough_is_told():
+    template = Template.parse("[premise] and [hypothesis] so <1>[Y]", NLI)
+    with pytest.raises(UsageError, match=r"8 tokens are left where 4 fit; mark fields that may be cut"):
+        template.render(EXAMPLE, ENCODER, max_tokens=4)
+    with pytest.raises(UsageError, match=r"3 tokens are left where 2 fit$"):
+        Template.parse("[premise...] so <1>[Y]", NLI).render(EXAMPLE, TextEncoder(spell, (7,)), max_tokens=2)
+
+
+def test_a_given_answer_is_read_with_the_words_behind_it():
+    template = Template.parse("The capital of [X] is <1>[Y] in <1> fact.")
+    query = template.render({"X": "Peru"}, TextEncoder(spell, (7,)), answer="Lima city")
+    assert query.tokens == (7, 103, 107, 102, 104, 102, -1, 0, 104, 104, 0, 102, -2, 0, 105)
+    assert query.labels == (0, 104, 104, 0, 102, 0, 105)  # not the pseudo token
+    assert query.targets == (6, 7, 8, 9, 10, 12, 13)  # each where the label comes next
+    first = Template.parse("[Y] is the capital of [X]").render({"X": "Peru"}, TextEncoder(spell, (7,)), answer="Lima")
+    assert (first.targets[0], first.labels[0]) == (0, 104)
+    with pytest.raises(UsageError, match="nothing stands before the answer"):
+        Template.parse("[Y] is the capital of [X]").render({"X": "Peru"}, ENCODER, answer="Lima")
+
+
+def test_a_masked_model_has_a_mask_for_each_token_of_a_given_answer():
+    masked = TextEncoder(lambda text, _: [100 + len(word) for word in text.split()], (2,), mask=4, suffix=(3,))
+    query = Template.parse("[X] has <1>[Y].").render({"X": "Peru"}, masked, answer="Lima city")
+    assert query.tokens == (2, 104, 103, -1, 4, 4, 101, 3)
+    assert (query.targets, query.labels, query.bidirectional) == ((4, 5), (104, 104), True)
+
+
+def test_demonstrations_stand_in_front_on_lines_of_their_own(make_backbone):
+    backbone = make_backbone()
+    encoder = backbone.text_encoder()
+    before = "The capital of Peru is Lima.\n"
+    query = Template.parse("The capital of [X] is [Y].").render({"X": "Cuba"}, encoder, before=before)
+    assert backbone.tokenization.tokenizer.decode(query.tokens) == f"{before}The capital of Cuba is"
+    query = Template.parse("<1>[X]<1>[Y]").render({"X": "Cuba"}, encoder, before=before)
+    assert backbone.tokenization.tokenizer.decode(query.tokens[:-3]).startswith(before)
+    assert query.tokens[-1] == -2

@@ -27,13 +27,13 @@ KILLS = int(os.environ.get("MEGAPROMPT_KILLS", "5"))
 ALWAYS_SAVE = """
 import sys
 import megaprompt.run.job
-from megaprompt.engine import training
+from megaprompt.engine import trainer
 from megaprompt.cli import main
-original = training.Trainer.train
-def train(self, allowed, hooks):
+original = trainer.Trainer.train
+def train(self, hooks):
     hooks.should_save = lambda: True
-    return original(self, allowed, hooks)
-training.Trainer.train = train
+    return original(self, hooks)
+trainer.Trainer.train = train
 sys.exit(main(sys.argv[1:]))
 """
 
