@@ -42,7 +42,8 @@ from megaprompt.backbone import Backbone, load_backbone
 from megaprompt.distributed.launch import World
 from megaprompt.engine.learner import Learner, TrainingSet
 from megaprompt.engine.passes import Questions, answers
-from megaprompt.engine.trainer import Trainer, numbered_from
+from megaprompt.engine.step import numbered_from
+from megaprompt.engine.trainer import Trainer
 from megaprompt.prompting.packing import PassSize, pack
 from megaprompt.prompting.prompt_encoder import PromptEncoder
 from megaprompt.prompting.recipe import RECIPES

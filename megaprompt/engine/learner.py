@@ -7,7 +7,6 @@ be alone, whatever is learned beside it, and on any number of ranks.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,15 +124,6 @@ class Learner:
 
     # ---------------------------------------------------------------------------------------------------------- a step
 
-    def head_gradients(self) -> list[Tensor]:
-        """The gradients of the head's parameters; zeros on a rank that had none of the batch."""
-        gradients = []
-        for parameter in self.head.parameters() if self.head is not None else ():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        return gradients
-
     def end_step(self, losses: Tensor, overflow: bool) -> None:
         """Take the losses [batch] of a step, and the step on the gradients that the parameters hold; it is skipped if
         they overflowed."""
@@ -244,8 +234,3 @@ def _new_encoder(
         vectors=data.vectors,
         dtype=dtype,
     ).to(backbone.device)
-
-
-def what_is_wrong(loss: float) -> str | None:
-    """Why a task cannot go on after such a loss."""
-    return None if math.isfinite(loss) else f"the loss is {loss}"

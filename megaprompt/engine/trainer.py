@@ -1,18 +1,8 @@
 """The loop: prompts, heads or weights of one or many tasks, learned together through one backbone.
 
-A *step* gives every task that is still active one optimizer step on its own batch; it takes one or more *passes* of the
-backbone (see `passes`), each over instances of many tasks. The loss of a task is the mean over its batch; the loss of a
-step is their sum, and since no prompt occurs in another task's queries, each task gets exactly the gradient that it
-would get alone.
-
-The backbone never sees the prompt encoders, only their output, a matrix of a few vectors. Its gradient is all that
-passes and ranks add up; each rank then runs it through its own replica of the encoders. So what is communicated is
-[pseudo tokens, hidden size] however large the encoders are. With relation groups (see `schedule`) a rank has only the
-encoders of its own group's tasks, and shares gradients with the replicas of its group only.
-
-A task whose loss is not a number any more is retired, and the others go on. In a packed row it makes its neighbours'
-losses infinite or undefined as well, so such a step is computed again with each task in passes of its own: what is
-still wrong then is wrong by itself.
+A *step* (see `step`) gives every task that is still active one optimizer step on its own batch; it takes one or more
+*passes* of the backbone (see `passes`), each over instances of many tasks. With relation groups (see `schedule`) a rank
+has only the encoders of its own group's tasks, and shares gradients with the replicas of its group only.
 
 Differences from the paper's code, on purpose: the backbone stays in evaluation mode (no dropout), so runs repeat and
 packing is exact; the loss is taken at the output just before the answer, for training and ranking alike; the test
@@ -25,23 +15,22 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from megaprompt.backbone import Backbone
 from megaprompt.distributed.launch import World
 from megaprompt.distributed.loss_scale import NO_SCALING, LossScale
-from megaprompt.engine.learner import Learned, Learner, TrainingSet, what_is_wrong
-from megaprompt.engine.passes import Questions, Workplace, answers, backward_passes
+from megaprompt.engine.learner import Learned, Learner, TrainingSet
+from megaprompt.engine.passes import Questions, Workplace, answers
 from megaprompt.engine.schedule import assign
+from megaprompt.engine.step import numbered_from, train_step
 from megaprompt.engine.weights import Weights
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.prompt_encoder import EncoderKind
 from megaprompt.prompting.recipe import Recipe
-from megaprompt.tasks.task import Instance
 
 logger = logging.getLogger(__name__)
 
@@ -61,37 +50,6 @@ class Interrupted(MegapromptError):
     """Training stopped because it was asked to; the checkpoint has everything up to there."""
 
     exit_code = 130
-
-
-class _Batch(NamedTuple):
-    """What one task contributes to a step."""
-
-    learner: Learner
-    instances: list[Instance]  # the pseudo tokens of their queries index the joint prompt matrix
-    rows: slice  # of the joint prompt matrix
-
-    def questions(self) -> Questions:
-        return Questions(self.instances, self.learner.data.objective, self.learner.head)
-
-    def weights(self) -> Tensor:
-        """[batch] float64: what the loss of each instance counts."""
-        each = self.learner.loss_scale.scale / len(self.instances)
-        return torch.full((len(self.instances),), each, dtype=torch.float64)
-
-
-def numbered_from(instances: Sequence[Instance], offset: int) -> list[Instance]:
-    """The same instances with their pseudo tokens numbered from `offset`."""
-    if not offset:
-        return list(instances)
-    return [
-        each._replace(
-            queries=tuple(
-                query._replace(tokens=tuple(t if t >= 0 else t - offset for t in query.tokens))
-                for query in each.queries
-            )
-        )
-        for each in instances
-    ]
 
 
 class Trainer:
@@ -148,87 +106,10 @@ class Trainer:
         # Known on all ranks, of all tasks: after how many steps those that are done have stopped.
         self.stopped_after: dict[str, int] = {} if recipe.max_epochs > 0 else dict.fromkeys(self._steps, 0)
 
-    # ------------------------------------------------------------------------------------------------------- one step
-
     def train_step(self) -> list[dict[str, Any]]:
         """One optimizer step for every active task; returns log lines of this group's tasks that had to be retired."""
-        active = [learner for learner in self.learners if learner.active]
-        batches, offset = [], 0
-        for learner in active:
-            instances = [learner.data.train[i] for i in learner.next_batch()]
-            rows = slice(offset, offset + learner.data.num_pseudo_tokens)
-            batches.append(_Batch(learner, numbered_from(instances, offset), rows))
-            offset = rows.stop
-        encoders = [learner.encoder for learner in active if learner.encoder is not None]
-        outputs = torch.cat([encoder() for encoder in encoders]) if encoders else None
-        prompts = None
-        if outputs is not None:
-            prompts = outputs.detach().requires_grad_()
-        elif self.weights is None:  # this group has finished, but its part of the backbone is still needed
-            prompts = torch.zeros(1, self.backbone.hidden_size, device=self.backbone.device, requires_grad=True)
-        losses = self._losses(batches, prompts)
         self.step += 1
-        return self._take_step(batches, losses, outputs, prompts)
-
-    def _losses(self, batches: Sequence[_Batch], prompts: Tensor | None) -> list[Tensor]:
-        """The losses of each batch, with gradients of `prompts`, heads and weights; wrong ones are so by themselves."""
-        losses = self._passes(batches, prompts)
-        wrong = any(not loss.isfinite().all() for loss in losses)
-        wrong_anywhere, most = self.at.everyone.max_(torch.tensor([int(wrong), len(batches)]), "schedule").tolist()
-        if not wrong_anywhere or most < 2:
-            return losses
-        for tensor in [prompts, *(p for batch in batches for p in batch.learner.parameters)]:
-            if tensor is not None:
-                tensor.grad = None
-        alone = []
-        for i in range(most):  # as many times on all ranks
-            alone += self._passes(batches[i : i + 1], prompts)
-        return alone
-
-    def _passes(self, batches: Sequence[_Batch], prompts: Tensor | None) -> list[Tensor]:
-        weights = torch.cat([batch.weights() for batch in batches]) if batches else torch.zeros(0)
-        backward = self.weights.backward if self.weights is not None else lambda loss, last: loss.backward()
-        losses = backward_passes(self.at, prompts, [batch.questions() for batch in batches], weights, backward)
-        return list(losses.split([len(batch.instances) for batch in batches])) if batches else []
-
-    def _take_step(
-        self, batches: Sequence[_Batch], losses: Sequence[Tensor], outputs: Tensor | None, prompts: Tensor | None
-    ) -> list[dict[str, Any]]:
-        gradient = torch.zeros(0)
-        if outputs is not None:
-            assert prompts is not None
-            assert prompts.grad is not None  # even of a rank without facts: zeros, from its empty passes
-            gradient = self.at.world.sum_(prompts.grad, "gradients")
-        lines, overflows = [], []
-        for batch, loss in zip(batches, losses, strict=True):
-            learner = batch.learner
-            parts = [
-                gradient[batch.rows],
-                *(self.at.world.sum_(each, "gradients") for each in learner.head_gradients()),
-            ]
-            for part in parts:
-                part.div_(learner.loss_scale.scale)
-            scaled = learner.loss_scale != NO_SCALING
-            overflow = scaled and not all(part.isfinite().all() for part in parts)
-            if reason := what_is_wrong(loss.mean().item()):
-                lines.append({"time": time.time(), "step": self.step, **learner.retire(reason)})
-            if reason or overflow:
-                gradient[batch.rows] = 0
-            overflows.append(bool(overflow))
-        if outputs is not None:
-            outputs.backward(gradient)
-        for batch, loss, overflow in zip(batches, losses, overflows, strict=True):
-            if batch.learner.active:
-                self._end_step(batch.learner, loss, overflow)
-        return lines
-
-    def _end_step(self, learner: Learner, loss: Tensor, overflow: bool) -> None:
-        if self.weights is not None:
-            learner.skipped += self.weights.step(learner.learning_rate)
-        learner.end_step(loss, overflow)
-        if overflow:
-            about = (learner.data.task, self.step, learner.loss_scale.scale)
-            logger.info("%s: skipped step %d, gradients overflowed; the loss scale is now %g", *about)
+        return train_step(self.at, [each for each in self.learners if each.active], self.weights, self.step)
 
     @torch.no_grad()
     def _end_epochs(self) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from megaprompt.run.environment import peak_memory
 from megaprompt.run.interruption import stop_signals
 from megaprompt.run.progress import ProgressFile
 from megaprompt.run.saved_prompts import SavedPrompt
-from megaprompt.run.training import train_resumably
+from megaprompt.run.training import one_after_the_other, train_resumably
 from megaprompt.tasks.objective import Answers
 from megaprompt.tasks.task import Split, Task
 
@@ -133,7 +133,7 @@ class RunContext:
                 self.save(report=False)
                 update(number)
         for column in columns:
-            self._finish(column, {name: rows[column][name] for name in self.tasks})
+            self.baseline(column, {name: rows[column][name] for name in self.tasks})
             self.results["timing"][column] = {"seconds": time.monotonic() - start}
             del unfinished[column]
         if not unfinished:
@@ -141,11 +141,8 @@ class RunContext:
         self.save()
         return rows
 
-    def _finish(self, column: str, rows: Mapping[str, dict[str, Any]]) -> None:
-        self.results["methods"][column] = {"relations": rows, **summarize(rows, list(self.results["metrics"]))}
-
     def baseline(self, column: str, rows: Mapping[str, dict[str, Any]]) -> None:
-        self._finish(column, rows)
+        self.results["methods"][column] = {"relations": rows, **summarize(rows, list(self.results["metrics"]))}
 
     def _measured(self, column: str, task: Task, found: Answers | None) -> dict[str, float | None]:
         """The metrics of answers on test, which are written down."""
@@ -173,37 +170,21 @@ class RunContext:
             resume=self.resume,
         )
 
-    @contextmanager
-    def train_one(self, method: str, task: Task, should_stop: ShouldStop, unit: str = "examples") -> Iterator[Hooks]:
+    def train_one(
+        self, method: str, task: Task, should_stop: ShouldStop, unit: str = "examples"
+    ) -> AbstractContextManager[Hooks]:
         title = f"{method} {task.name} ({list(self.tasks).index(task.name) + 1} of {len(self.tasks)})"
         if self.world.is_main:
             self.run.forget(method, task.name)
-        count = len(task.examples["train"])  # until it says how much there is to do
-        with progress(title, count, self.world.is_main, unit) as update:
-
-            def log(line: dict[str, Any]) -> None:
-                if self.world.is_main:
-                    self.run.append_log({"method": method, **line})
-
-            def show(done: int, total: int, step: int) -> None:
-                update(done, total)
-                self.status.facts(done, total, step)
-
-            yield Hooks(log=log, progress=show, should_stop=should_stop)
+        shown = progress(title, len(task.examples["train"]), self.world.is_main, unit)
+        return one_after_the_other(method, shown, should_stop, run=self.run, world=self.world, status=self.status)
 
     def save_prompt(self, task: Task, template: Template, learned: Learned) -> None:
         if self.world.is_main:
-            SavedPrompt(
-                relation=task.name,
-                template=template.text,
-                backbone=self.backbone.name,
-                fingerprint=self.backbone.fingerprint,
-                data=self.data_name,
-                vectors=learned.kept.vectors,
-                head=learned.kept.head,
-                label=task.label,
-                dev=learned.dev,
-            ).save(self.run.path / "prompts" / f"{task.name}.safetensors")
+            about = {"backbone": self.backbone.name, "fingerprint": self.backbone.fingerprint, "data": self.data_name}
+            about |= {"relation": task.name, "template": template.text, "label": task.label}
+            prompt = SavedPrompt(vectors=learned.kept.vectors, head=learned.kept.head, dev=learned.dev, **about)
+            prompt.save(self.run.path / "prompts" / f"{task.name}.safetensors")
 
     def save_templates(self, name: str, templates: Mapping[str, str]) -> None:
         if self.world.is_main:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from megaprompt.console import progress
+from megaprompt.console import Update, progress
 from megaprompt.distributed.launch import World
 from megaprompt.engine.learner import Learned
 from megaprompt.engine.trainer import Hooks, Trainer
@@ -73,6 +75,30 @@ def train_resumably(
     results["communication"] = {"steps": log.steps, "sent_bytes_by_rank": world.gather(dict(world.sent))}
     results["timing"]["training_seconds"] = seconds + time.monotonic() - start
     return learned
+
+
+@contextmanager
+def one_after_the_other(
+    method: str,
+    shown: AbstractContextManager[Update],
+    should_stop: Callable[[], bool],
+    *,
+    run: RunDirectory,
+    world: World,
+    status: ProgressFile,
+) -> Iterator[Hooks]:
+    """Log and progress of a method that trains one task after the other, each from its start."""
+    with shown as update:
+
+        def log(line: dict[str, Any]) -> None:
+            if world.is_main:
+                run.append_log({"method": method, **line})
+
+        def show(done: int, total: int, step: int) -> None:
+            update(done, total)
+            status.facts(done, total, step)
+
+        yield Hooks(log=log, progress=show, should_stop=should_stop)
 
 
 class _Log:

@@ -38,7 +38,7 @@ def test_packed_equals_plain(backbone):
     batch = pack(queries, 64)
     with torch.no_grad():
         packed = backbone(batch)[batch.target_of_query]
-        plain = [backbone.model(torch.tensor([tokens])).logits[0, target] for tokens, target, _ in queries]
+        plain = [backbone.model(torch.tensor([q.tokens])).logits[0, q.targets[0]] for q in queries]
     torch.testing.assert_close(packed, torch.stack(plain), rtol=1e-4, atol=1e-3)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from megaprompt.distributed.launch import World
 from megaprompt.distributed.loss_scale import LossScale
-from megaprompt.engine import trainer as trainer_module
+from megaprompt.engine import step as step_module
 from megaprompt.engine.learner import TrainingSet
 from megaprompt.engine.schedule import assign
 from megaprompt.engine.trainer import Hooks, Interrupted, Trainer
@@ -230,7 +230,7 @@ def test_without_a_loss_scale_a_resumed_run_skips_no_step(make_backbone, monkeyp
             prompts.grad = torch.full_like(prompts, torch.inf)
             return torch.zeros(sum(len(each.instances) for each in questions), dtype=torch.float64)
 
-        monkeypatch.setattr(trainer_module, "backward_passes", overflowing)
+        monkeypatch.setattr(step_module, "backward_passes", overflowing)
         trainer.train_step()
         assert [learner.skipped for learner in trainer.learners] == [0, 0]
 
