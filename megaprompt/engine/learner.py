@@ -120,7 +120,7 @@ class Learner:
 
     @property
     def epoch_is_over(self) -> bool:
-        return self.active and (self.cursor >= len(self.data.train) or self.step >= self.steps)
+        return self.active and (self.cursor >= self.recipe.used(len(self.data.train)) or self.step >= self.steps)
 
     # ---------------------------------------------------------------------------------------------------------- a step
 
@@ -160,9 +160,13 @@ class Learner:
         self.epoch += 1
         first, *_ = selects = self.data.objective.selects
         best = self.best["scores"]
-        if not best or scores[first] > best[first]:
+        if self.recipe.ties_are_better:
+            better = first_is_better = not best or scores[first] >= best[first]
+        else:
+            first_is_better = not best or scores[first] > best[first]
+            better = not best or [scores[name] for name in selects] > [best[name] for name in selects]
+        if first_is_better:
             self.improved_in = self.epoch
-        better = not best or [scores[name] for name in selects] > [best[name] for name in selects]
         if better:
             self.best = {"scores": dict(scores), "epoch": self.epoch, "kept": keep()}
         line = {

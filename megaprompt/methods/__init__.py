@@ -26,7 +26,7 @@ def chosen_methods(config: ProbeConfig, tasks: Iterable[str], discrete: Mapping[
     """
     tasks = list(tasks)
     recipe = chosen(RECIPES[config.recipe], config.recipe_options())
-    tuning_recipe = chosen(RECIPES["paper"], config.fine_tuning_options())
+    tuning_recipe = chosen(RECIPES["fine-tuning"], config.fine_tuning_options())
     methods: dict[str, Method] = {
         "manual": Manual(),
         "p-tuning": PTuning(recipe, config.encoder, config.template, config.init == "manual", config.relation_groups),

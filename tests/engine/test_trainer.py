@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -141,9 +142,38 @@ def test_max_steps_ends_with_an_evaluation(make_backbone):
 def test_the_papers_recipe():
     recipe = RECIPES["paper"]
     assert (recipe.learning_rate, recipe.weight_decay, recipe.decay) == (1e-5, 5e-4, 0.98)
-    assert (recipe.batch_size, recipe.max_epochs, recipe.patience) == (8, 100, 20)
+    assert (recipe.batch_size, recipe.max_epochs, recipe.patience) == (8, 99, 20)
     assert recipe.rate(facts=80, epoch=2, step=20) == pytest.approx(1e-5 * 0.98**2)
-    assert recipe.steps(facts=81) == 1100
+    assert recipe.steps(facts=81) == 990  # the last fact of an epoch fills no batch
+    assert recipe.steps(facts=5) == 99  # where it would learn nothing at all
+
+
+def what_the_papers_code_keeps(scores: list[float], patience: int, epochs: int) -> tuple[int, int]:
+    """Its rules, written down from a description: dev is scored before every epoch; from the second time on a score
+    that is at least the best (0 at first) is kept and resets the count; `patience` others in a row end the run. Returns
+    the epoch that is kept, and how many were trained."""
+    best, kept, stale = 0.0, 0, 0
+    for trained, score in enumerate(scores[:epochs]):
+        if trained > 0 and score >= best:
+            best, kept, stale = score, trained, 0
+        else:
+            stale += 1
+            if stale >= patience:
+                return kept, trained
+    return kept, epochs - 1  # what the last epoch has trained is never scored
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_early_stopping_is_that_of_the_papers_code(make_backbone, seed):
+    chance = random.Random(seed)
+    recipe = dataclasses.replace(RECIPES["paper"], max_epochs=29, patience=chance.choice((3, 5, 8)))
+    scores = [chance.choice((0.0, 0.0, 0.1, 0.2, 0.3)) * (seed > 0) for _ in range(31)]  # seed 0: never any
+    learner = trainer_for(make_backbone("gpt2"), ("P36",), recipe).learners[0]
+    while learner.active:
+        learner.cursor, learner.step = 8, learner.step + 1
+        score = scores[learner.epoch + 1]
+        learner.end_epoch({"p_at_1": score, "mrr": chance.random()}, lambda: learner.epoch)
+    assert (learner.best["kept"], learner.epoch) == what_the_papers_code_keeps(scores, recipe.patience, 30)
 
 
 def test_rate_rises_and_falls():
