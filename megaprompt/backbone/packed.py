@@ -52,6 +52,8 @@ class PackedModel(nn.Module):
         # The output layer is by far the widest: feed it the targets, not every position. Going through the model's own
         # head keeps whatever it does to the logits afterwards (scaling, soft caps).
         model.get_output_embeddings().register_forward_pre_hook(self._select_targets)
+        if model.dtype in (torch.float16, torch.bfloat16):
+            _answer_in_float32(cast(nn.Linear, model.get_output_embeddings()))
 
     @property
     def device(self) -> torch.device:
@@ -97,6 +99,27 @@ class PackedModel(nn.Module):
             return self.model(inputs_embeds=embeddings, **inputs).logits
         finally:
             self._targets = None
+
+
+_HEAD_ROWS = 1 << 13  # of the output layer that are in single precision at once
+
+
+def _answer_in_float32(head: nn.Linear) -> None:
+    """Let a half-precision output layer compute in single precision where nothing is trained.
+
+    In bfloat16 the logits of a small model are an eighth apart or more, and answers would be ranked by rounding.
+    """
+    half = head.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or isinstance(head.weight, FakeTensor):
+            return half(hidden)
+        states = hidden.float()
+        parts = [states @ rows.float().T for rows in head.weight.split(_HEAD_ROWS)]
+        logits = torch.cat(parts, dim=-1)
+        return logits if head.bias is None else logits + head.bias.float()
+
+    head.forward = forward  # type: ignore[method-assign]
 
 
 def _first_position(model: PreTrainedModel) -> int:

@@ -5,7 +5,7 @@ import torch
 
 from megaprompt.distributed.launch import World
 from megaprompt.engine.passes import Questions, Workplace, answers, joint_answers
-from megaprompt.prompting.packing import PassSize
+from megaprompt.prompting.packing import PassSize, pack
 from megaprompt.prompting.template import Template
 from megaprompt.tasks.lama.one_token import rank_of_gold
 from megaprompt.tasks.task import Instance
@@ -56,3 +56,26 @@ def test_an_ensemble_is_the_weighted_mean_of_log_probabilities(make_backbone):
     expected = scores.log_softmax(1).gather(1, torch.tensor(gold)[:, None])[:, 0]
     torch.testing.assert_close(found["log_probability"], expected, rtol=1e-10, atol=1e-10)
     assert torch.equal(found["top_tokens"][:, 0], scores.masked_fill(~allowed, -torch.inf).argmax(1))
+
+
+def test_half_precision_does_not_round_the_answers(make_backbone):
+    """The head computes in single precision: logits are those of its rounded weights, not rounded ones themselves."""
+    backbone = make_backbone("gpt2", torch.bfloat16)
+    instances = instances_of(backbone, Template.parse("The capital of [X] is [Y] ."), PAIRS["P36"])
+    objective = objective_of(backbone)
+    at = Workplace.shared(backbone, PassSize(64, 128), World(), objective)
+    [found] = answers(at, [Questions(instances, objective)], None)
+    head, states = backbone.model.get_output_embeddings(), []
+    handle = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    batch = pack([instance.queries[0] for instance in instances], 64)
+    with torch.no_grad():
+        logits = backbone(batch)
+    handle.remove()
+    exact = states[0].double() @ head.weight.double().T
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+    assert len(logits[0].unique()) > len(logits[0].bfloat16().unique())  # where ties would have been
+    ranks = rank_of_gold(exact[batch.target_of_query], torch.tensor([instance.gold for instance in instances]))
+    assert torch.equal(found["rank"], ranks)
+    with torch.enable_grad():  # in training as it was, where a copy of the head would be kept for the backward pass
+        assert backbone(batch).dtype == torch.bfloat16

@@ -86,11 +86,10 @@ class OneToken(Objective):
 def rank_of_gold(logits: Tensor, gold: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Ranks [Q] int64 of `gold` [Q] in `logits` [Q, V], among the `allowed` [V] tokens (bool; None: all).
 
-    Of equal logits, which half precision often gives, the lower token id ranks first: ties never flatter a score.
+    Of equal logits all others rank first: ties never flatter a score.
     """
-    value = logits.gather(1, gold[:, None])
-    token = torch.arange(logits.shape[1], device=logits.device)
-    better = (logits > value) | ((logits == value) & (token < gold[:, None]))
+    better = logits >= logits.gather(1, gold[:, None])
+    better.scatter_(1, gold[:, None], False)
     if allowed is not None:
         better &= allowed
     return better.sum(1) + 1
