@@ -100,7 +100,7 @@ def rows_of(results: Mapping[str, Any]) -> tuple[list[Row], list[Row], list[Row]
     def row(name: str, label: str, kind: str, over: Sequence[str], *path: str) -> Row:
         cells, scored = {}, {}
         for method, found in methods.items():
-            of_method = found["relations"]
+            of_method = (found or {}).get("relations") or {}
             scored[method] = frozenset(n for n in over if scoring.percent_of(of_method.get(n) or {}) is not None)
             for key in path:
                 found = (found or {}).get(key)
@@ -124,13 +124,13 @@ def rows_of(results: Mapping[str, Any]) -> tuple[list[Row], list[Row], list[Row]
 
 def notes_of(results: Mapping[str, Any]) -> list[str]:
     """Sentences about the marks of one run: relations that diverged, and averages over the others."""
-    scoring, (relations, (macro, _), _) = Scoring.of(results), rows_of(results)
+    scoring, (relations, (macro, micro), _) = Scoring.of(results), rows_of(results)
     notes = []
     for row in relations:
         for method, cell in row.cells.items():
             if cell.get("diverged"):
                 notes.append(divergence(method, row.name, cell, method in row.scores()))
-    for method in macro.scores():
+    for method in macro.scores() | micro.scores():
         if (count := len(macro.scored[method])) < macro.relations:
             apart = "" if method in macro.comparable() else ", not compared with those over others"
             notes.append(f"{method}: averages over {count} of {macro.relations} {scoring.groups}{apart}.")
