@@ -16,8 +16,8 @@ import numpy as np
 from megaprompt.config import ProbeConfig
 from megaprompt.errors import MegapromptError
 from megaprompt.report.cited import cited_scores
-from megaprompt.report.runs import Run, Scoring, divergence, plural, points
-from megaprompt.report.tables import MARK, leaders, methods_in_order, over_the_same
+from megaprompt.report.runs import Run, Scoring, divergence, plural
+from megaprompt.report.tables import MARK, compared, leaders, methods_in_order, over_the_same
 
 Average = Literal["macro", "micro"]
 AVERAGES: tuple[Average, Average] = ("macro", "micro")
@@ -87,10 +87,14 @@ class BackboneRow:
     def best(self, average: Average = "macro") -> set[str]:
         return leaders(self.comparable(average))
 
-    def gain(self, average: Average = "macro") -> str | None:
-        """P-tuning over manual prompts, in points; None if they cannot be compared."""
-        means = self.comparable(average)
-        return points(means["p-tuning"] - means["manual"]) if {"p-tuning", "manual"} <= set(means) else None
+    def difference(self, method: str, other: str, average: Average = "macro") -> float | None:
+        """Of the averages of two methods over the relations that both have scores of; None if there are none."""
+        cells = [self.cells[each] for each in (method, other) if each in self.cells]
+        if len(cells) < 2:
+            return None
+        both = cells[0].scored & cells[1].scored
+        gap = cells[0].mean(average, both)[0] - cells[1].mean(average, both)[0]
+        return gap if math.isfinite(gap) else None
 
     def methods_by_runs(self) -> dict[tuple[str, ...], list[str]]:
         """Which methods come from the same runs (their directories)."""
@@ -252,7 +256,7 @@ def _cells(
         cell = cells[method] = Cell(tuple(chosen.values()), scores, facts, diverged)
         if cell.scored.sum() < len(relations):
             over = f"over {cell.scored.sum()} of {len(relations)} {scoring.groups}"
-            notes.append(f"{MARK.strip()} {label}, {method}: {over}, compared only with averages over the same.")
+            notes.append(f"{MARK.strip()} {label}, {method}: averages {over}. {compared(scoring)}")
     return cells
 
 

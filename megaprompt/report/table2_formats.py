@@ -62,8 +62,8 @@ def lines_of(table: Table2, average: Average) -> tuple[list[Shown], list[list[Sh
 def _measured_text(row: BackboneRow, method: str, average: Average) -> str:
     if method not in row.cells:
         return "–"
-    gain = row.gain(average) if method == "p-tuning" else None
-    return _mean_text(row.cells[method], average) + (f" ({gain})" if gain is not None else "")
+    gain = row.difference(method, "manual", average) if method == "p-tuning" else None
+    return _mean_text(row.cells[method], average) + (f" ({points(gain)})" if gain is not None else "")
 
 
 def _mean_text(cell: Cell, average: Average) -> str:
@@ -83,12 +83,13 @@ def _cited_text(cited: Mapping[str, float | str], method: str) -> str:
 
 
 def _over_the_best_other(row: BackboneRow, average: Average) -> str:
-    means = row.comparable(average)
-    rest = {method: mean for method, mean in means.items() if method != "p-tuning"}
-    if "p-tuning" not in means or not rest:
+    others = [method for method in methods_in_order(row.cells) if method != "p-tuning"]
+    found = {method: row.difference("p-tuning", method, average) for method in others}
+    gaps = {method: gap for method, gap in found.items() if gap is not None}
+    if not gaps:
         return "–"
-    rival = max(methods_in_order(rest), key=lambda method: rest[method])
-    return f"{points(means['p-tuning'] - rest[rival])} ({HEADINGS.get(rival, rival)})"
+    rival = min(gaps, key=lambda method: gaps[method])
+    return f"{points(gaps[rival])} ({HEADINGS.get(rival, rival)})"
 
 
 def legend(table: Table2) -> list[str]:

@@ -59,9 +59,9 @@ class Row:
     label: str
     type: str
     items: int  # in test
-    relations: int
+    weights: dict[str, float]  # of the relations that it is about
     cells: dict[str, Mapping[str, Any]]  # method -> a row or an average of results.json; empty if it was not scored
-    scored: dict[str, frozenset[str]]  # method -> the relations that it has scores of
+    of_relations: dict[str, dict[str, float]]  # method -> the relations that it has scores of -> score in per cent
     scoring: Scoring
 
     def scores(self) -> dict[str, float]:
@@ -72,23 +72,26 @@ class Row:
     def comparable(self) -> dict[str, float]:
         """The scores without averages over other relations than those of most methods."""
         scores = self.scores()
-        alike = over_the_same({method: self.scored[method] for method in scores})
+        alike = over_the_same({method: frozenset(self.of_relations[method]) for method in scores})
         return {method: score for method, score in scores.items() if method in alike}
 
     def best(self, method: str) -> bool:
         return method in leaders(self.comparable())
 
     def gain(self) -> str:
-        """P-tuning over manual prompts, in points."""
-        scores = self.comparable()
-        both = {"manual", "p-tuning"} <= set(scores)
-        return points(scores["p-tuning"] - scores["manual"]) if both else "–"
+        """P-tuning over manual prompts, in points, over the relations that both have scores of."""
+        manual, learned = (self.of_relations.get(method, {}) for method in ("manual", "p-tuning"))
+        both = manual.keys() & learned.keys()
+        if not both or not {"manual", "p-tuning"} <= self.scores().keys():
+            return "–"
+        total = sum(self.weights[name] for name in both)
+        return points(sum(self.weights[name] * (learned[name] - manual[name]) for name in both) / total)
 
     def text(self, method: str) -> str:
         """The score of a method as it is printed."""
         cell = self.cells[method]
         value = cell.get(self.scoring.score)
-        marked = cell.get("diverged") or (known(value) and len(self.scored[method]) < self.relations)
+        marked = cell.get("diverged") or (known(value) and len(self.of_relations[method]) < len(self.weights))
         return percent(value) + MARK * bool(marked)
 
 
@@ -98,15 +101,17 @@ def rows_of(results: Mapping[str, Any]) -> tuple[list[Row], list[Row], list[Row]
     about, scoring = results["data"]["relations"], Scoring.of(results)
 
     def row(name: str, label: str, kind: str, over: Sequence[str], *path: str) -> Row:
-        cells, scored = {}, {}
+        cells, of_relations = {}, {}
         for method, found in methods.items():
-            of_method = (found or {}).get("relations") or {}
-            scored[method] = frozenset(n for n in over if scoring.percent_of(of_method.get(n) or {}) is not None)
+            rows = (found or {}).get("relations") or {}
+            scores = {relation: scoring.percent_of(rows.get(relation) or {}) for relation in over}
+            of_relations[method] = {relation: score for relation, score in scores.items() if score is not None}
             for key in path:
                 found = (found or {}).get(key)
             cells[method] = found or {}
-        items = sum(about[relation]["facts"]["test"] for relation in over)
-        return Row(name, label, kind, items, len(over), cells, scored, scoring)
+        items = {relation: about[relation]["facts"]["test"] for relation in over}
+        weights = items if name == "micro" else dict.fromkeys(over, 1.0)
+        return Row(name, label, kind, sum(items.values()), weights, cells, of_relations, scoring)
 
     relations = [row(name, i["label"], i["type"], [name], "relations", name) for name, i in about.items()]
     averages = [
@@ -131,10 +136,16 @@ def notes_of(results: Mapping[str, Any]) -> list[str]:
             if cell.get("diverged"):
                 notes.append(divergence(method, row.name, cell, method in row.scores()))
     for method in macro.scores() | micro.scores():
-        if (count := len(macro.scored[method])) < macro.relations:
-            apart = "" if method in macro.comparable() else ", not compared with those over others"
-            notes.append(f"{method}: averages over {count} of {macro.relations} {scoring.groups}{apart}.")
+        if (count := len(macro.of_relations[method])) < len(macro.weights):
+            notes.append(
+                f"{method}: averages over {count} of {len(macro.weights)} {scoring.groups}. {compared(scoring)}"
+            )
     return [f"{MARK.strip()} {note}" for note in notes]
+
+
+def compared(scoring: Scoring) -> str:
+    """What becomes of averages over fewer relations than there are."""
+    return f"The best is found among averages over the same {scoring.groups}; gains are over those that both have."
 
 
 def has_gain(results: Mapping[str, Any]) -> bool:

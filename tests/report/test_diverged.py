@@ -50,12 +50,13 @@ def test_averages_over_fewer_relations_say_so_and_are_not_compared(tmp_path):
     run = write_run(tmp_path, results)
     page = Page(write_report(run))
     assert page.rows(0)["P36"][3:] == ["20.0", "–\u00a0‡", "–"]
-    assert page.rows(0)["macro"][3:] == ["40.0", "80.0\u00a0‡", "–"]
+    assert page.rows(0)["macro"][3:] == ["40.0", "80.0\u00a0‡", "+30.0"]  # of P30 and P17
     assert page.bold(0)["macro"] == []
     assert "Over 2 relations, the mean P@1 of p-tuning on test is 80.0 %." in page.prose()
     assert notes_of(read_run(run).results) == [
         "‡ p-tuning: the training of P36 diverged at step 7 (the loss is nan); it has no score.",
-        "‡ p-tuning: averages over 2 of 3 relations, not compared with those over others.",
+        "‡ p-tuning: averages over 2 of 3 relations. The best is found among averages over the same relations; gains "
+        "are over those that both have.",
     ]
     assert ["P36", "p36", "N-1", "40", "20.0", "–", "‡", "–"] in printed_rows(results)
     assert "over 2 of 3 relations" in plain(printed(results))
@@ -66,7 +67,7 @@ def test_as_many_relations_are_not_the_same_relations(tmp_path):
     diverge(results, "p-tuning", "P36", None)
     diverge(results, "autoprompt", "P17", None)
     page = Page(write_report(write_run(tmp_path, results)))
-    assert page.rows(0)["macro"][3:] == ["40.0", "30.0\u00a0‡", "80.0\u00a0‡", "–"]
+    assert page.rows(0)["macro"][3:] == ["40.0", "30.0\u00a0‡", "80.0\u00a0‡", "+30.0"]
     assert page.bold(0)["macro"] == []
 
 
@@ -81,13 +82,15 @@ def seeds(make_run):
 
 def test_seeds_are_averaged_over_the_relations_that_all_of_them_have(seeds, tmp_path):
     table = joined(*seeds)
-    assert shown(table) == {"tiny": {"MP": "40.0", "P-tuning": "82.5 ± 3.5 ‡"}}  # of (70 + 90) / 2 and (80 + 90) / 2
+    assert shown(table) == {
+        "tiny": {"MP": "40.0", "P-tuning": "82.5 ± 3.5 ‡ (+32.5)"}
+    }  # of (70 + 90) / 2 and (80 + 90) / 2
     assert table.rows[0].best() == set()
     assert f"‡ {seeds[1]}, p-tuning: the training of P36 diverged at step 7 (the loss is nan); it has no score." in (
         table.notes
     )
-    assert any("tiny, p-tuning: over 2 of 3 relations" in note for note in table.notes)
-    assert ["tiny", "40.0", "82.5 ± 3.5 ‡"] in markdown_rows(markdown(table))
+    assert any("tiny, p-tuning: averages over 2 of 3 relations" in note for note in table.notes)
+    assert ["tiny", "40.0", "82.5 ± 3.5 ‡ (+32.5)"] in markdown_rows(markdown(table))
     assert r"82.5 $\pm$ 3.5 $^\ddagger$" in latex(table)
     assert "tiny,p-tuning,macro,82.5000,3.5355,2,2,80," in as_csv(table)
     page = Page(write_joint_report(table, tmp_path / "out"))
