@@ -137,9 +137,8 @@ def notes_of(results: Mapping[str, Any]) -> list[str]:
                 notes.append(divergence(method, row.name, cell, method in row.scores()))
     for method in macro.scores() | micro.scores():
         if (count := len(macro.of_relations[method])) < len(macro.weights):
-            notes.append(
-                f"{method}: averages over {count} of {len(macro.weights)} {scoring.groups}. {compared(scoring)}"
-            )
+            over = f"averages over {count} of {len(macro.weights)} {scoring.groups}"
+            notes.append(f"{method}: {over}. {compared(scoring)}")
     return [f"{MARK.strip()} {note}" for note in notes]
 
 
