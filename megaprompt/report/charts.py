@@ -79,7 +79,7 @@ def scores_chart(results: Mapping[str, Any]) -> Figure:
         lengths = [score or 0 for score in scores]
         bars = axes.barh(middles, lengths, 0.9 * bar / pitch, color=colors[method], label=method)
         axes.bar_label(bars, ["–" if s is None else f"{s:.0f}" for s in scores], padding=2, fontsize=7)
-    labels = [*(f"{row.name} {row.label}" for row in relations), "macro mean"][: len(rows)]
+    labels = [*(_named(row.name, row.label) for row in relations), "macro mean"][: len(rows)]
     labels = ["\n".join(textwrap.wrap(label, 30, max_lines=2, placeholder=" …")) for label in labels]
     axes.set_yticks(range(len(rows)), labels, fontsize=8.5, linespacing=1, parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -129,7 +129,7 @@ def learning_chart(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]])
         handles += loss.plot(epochs, train, ".--", color=_LOSS_COLOR, ms=3, lw=1.2, label="training loss (right)")
         handles += axes.plot(epochs[chosen], 100 * dev[chosen], "o", color=_DEV_COLOR, label="chosen epoch")
         label = results["data"]["relations"].get(name, {}).get("label", "")
-        axes.set_title(textwrap.shorten(f"{name} {label}", 38, placeholder=" …"), fontsize=9, parse_math=False)
+        axes.set_title(textwrap.shorten(_named(name, label), 38, placeholder=" …"), fontsize=9, parse_math=False)
         axes.set_ylim(-4, 104)
         loss.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -145,6 +145,11 @@ def learning_chart(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]])
     return figure
 
 
+def _named(relation: str, label: str) -> str:
+    """`P36 capital`."""
+    return relation if label in ("", relation) else f"{relation} {label}"
+
+
 def _plain(legend: Legend) -> None:
     """Names of methods are free text, in which a dollar sign begins no formula."""
     for text in legend.get_texts():
@@ -157,7 +162,7 @@ def _plain(legend: Legend) -> None:
 def relations_chart(table: Table2) -> Figure:
     """Score of every relation: a panel per backbone, a line per relation, a mark per method; bars are the deviation."""
     colors = method_colors(table.methods)
-    labels = [f"{name} {about['label']}" for name, about in table.relations.items()]
+    labels = [_named(name, about["label"]) for name, about in table.relations.items()]
     labels = ["\n".join(textwrap.wrap(label, 30, max_lines=2, placeholder=" …")) for label in labels]
     columns = min(2, len(table.rows))
     lines = math.ceil(len(table.rows) / columns)

@@ -66,4 +66,8 @@ def test_cited_figures_stand_beside_ours_and_are_marked(make_run, tmp_path):
     assert ("gpt2-xl", "fine-tuning", "cited") in sources
     assert not any(backbone == "gpt2-large" and source == "cited" for backbone, _, source in sources)
     page = Page(write_joint_report(table, tmp_path / "out"))
-    assert {text for row in page.tables[0] for text, kind in row if "cited" in kind} >= {"MP †", "22.8", "54.4 (+31.6)"}
+    assert {text for row in page.tables[0] for text, kind in row if "cited" in kind} >= {
+        "MP\u00a0†",
+        "22.8",
+        "54.4 (+31.6)",
+    }
