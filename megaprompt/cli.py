@@ -151,8 +151,10 @@ def _ask(args: list[str]) -> None:
 def _report(args: list[str]) -> None:
     from megaprompt.config import ReportConfig, parse
     from megaprompt.report.html import write_joint_report, write_report
-    from megaprompt.report.table2 import join, terminal_table
-    from megaprompt.report.tables import read_run, summary_table
+    from megaprompt.report.runs import read_run
+    from megaprompt.report.table2 import join
+    from megaprompt.report.table2_formats import terminal_table
+    from megaprompt.report.tables import summary_table
     from megaprompt.run.merge import merge_runs
 
     config = parse(ReportConfig, args, "megaprompt report")

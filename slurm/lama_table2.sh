@@ -37,7 +37,7 @@ run_of() {
   methods=${groups[$1 % ${#groups[@]}]}
   seed=${seeds[$1 / ${#groups[@]} % ${#seeds[@]}]}
   backbone=${backbones[$1 / ${#groups[@]} / ${#seeds[@]}]%/}
-  run=$out/runs/${backbone##*/}-${methods//,/-}-seed$seed
+  run=$out/runs/${backbone//\//--}-${methods//,/-}-seed$seed # with all of its path: a/final is not b/final
 }
 tasks=$((${#backbones[@]} * ${#groups[@]} * ${#seeds[@]}))
 

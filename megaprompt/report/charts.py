@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
 
+from megaprompt.report.runs import Scoring, plural
 from megaprompt.report.table2 import BackboneRow, Table2
 from megaprompt.report.tables import methods_in_order, rows_of
 
@@ -63,7 +64,7 @@ def _pitch(methods: int) -> float:
 
 
 def scores_chart(results: Mapping[str, Any]) -> Figure:
-    """Grouped horizontal bars: P@1 of every relation and method, and the macro mean."""
+    """Grouped horizontal bars: the score of every relation and method, and the macro mean."""
     methods = methods_in_order(results["methods"])
     colors = method_colors(methods)
     relations, averages, _ = rows_of(results)
@@ -78,14 +79,14 @@ def scores_chart(results: Mapping[str, Any]) -> Figure:
         lengths = [score or 0 for score in scores]
         bars = axes.barh(middles, lengths, 0.9 * bar / pitch, color=colors[method], label=method)
         axes.bar_label(bars, ["–" if s is None else f"{s:.0f}" for s in scores], padding=2, fontsize=7)
-    labels = [*(f"{row.name} {row.label}" for row in relations), "macro mean"][: len(rows)]
+    labels = [*(_named(row.name, row.label) for row in relations), "macro mean"][: len(rows)]
     labels = ["\n".join(textwrap.wrap(label, 30, max_lines=2, placeholder=" …")) for label in labels]
     axes.set_yticks(range(len(rows)), labels, fontsize=8.5, linespacing=1, parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     if len(rows) > len(relations):
         axes.axhline(len(relations) - 0.5, color="#444444", linewidth=0.8)
     axes.set_xlim(0, 105)
-    axes.set_xlabel("P@1 on test, %")
+    axes.set_xlabel(f"{Scoring.of(results).heading} on test, %", parse_math=False)
     axes.tick_params(axis="x", top=len(rows) > 15, labeltop=len(rows) > 15)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -95,11 +96,12 @@ def scores_chart(results: Mapping[str, Any]) -> Figure:
 
 
 def learning_chart(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Small multiples, one per relation: P@1 on dev and training loss over epochs; the dot is the chosen epoch.
+    """Small multiples, one per relation: score on dev and training loss over epochs; the dot is the chosen epoch.
 
     Args:
-        log: lines of one method.
+        log: lines of epochs, of one method.
     """
+    scoring = Scoring.of(results)
     lines_of: dict[str, list[Mapping[str, Any]]] = {name: [] for name in results["data"]["relations"]}
     for line in log:
         lines_of.setdefault(line["relation"], []).append(line)
@@ -115,18 +117,19 @@ def learning_chart(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]])
     figure.subplots_adjust(wspace=between / width, hspace=below / height)
     for i, (name, lines) in enumerate(lines_of.items()):
         epochs, dev, train = (
-            np.array([line.get(key) for line in lines], dtype=float) for key in ("epoch", "dev_p_at_1", "train_loss")
+            np.array([line.get(key) for line in lines], dtype=float) for key in ("epoch", scoring.dev, "train_loss")
         )
         chosen = [k for k, line in enumerate(lines) if line.get("best")][-1:]
         axes = figure.add_subplot(rows, columns, i + 1)
         loss = axes.twinx()
         axes.set_zorder(1)  # the dot lies on top
         axes.patch.set_visible(False)
-        handles = axes.plot(epochs, 100 * dev, ".-", color=_DEV_COLOR, ms=3, lw=1.2, label="P@1 on dev, % (left)")
+        of_dev = f"{scoring.heading} on dev, % (left)"
+        handles = axes.plot(epochs, 100 * dev, ".-", color=_DEV_COLOR, ms=3, lw=1.2, label=of_dev)
         handles += loss.plot(epochs, train, ".--", color=_LOSS_COLOR, ms=3, lw=1.2, label="training loss (right)")
         handles += axes.plot(epochs[chosen], 100 * dev[chosen], "o", color=_DEV_COLOR, label="chosen epoch")
         label = results["data"]["relations"].get(name, {}).get("label", "")
-        axes.set_title(textwrap.shorten(f"{name} {label}", 38, placeholder=" …"), fontsize=9, parse_math=False)
+        axes.set_title(textwrap.shorten(_named(name, label), 38, placeholder=" …"), fontsize=9, parse_math=False)
         axes.set_ylim(-4, 104)
         loss.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -138,8 +141,13 @@ def learning_chart(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]])
         if i + columns >= len(lines_of):  # nothing stands below
             axes.set_xlabel("epoch", fontsize=8)
         if i == 0:
-            figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False, fontsize=9)
+            _plain(figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False, fontsize=9))
     return figure
+
+
+def _named(relation: str, label: str) -> str:
+    """`P36 capital`."""
+    return relation if label in ("", relation) else f"{relation} {label}"
 
 
 def _plain(legend: Legend) -> None:
@@ -152,9 +160,9 @@ def _plain(legend: Legend) -> None:
 
 
 def relations_chart(table: Table2) -> Figure:
-    """P@1 of every relation: a panel per backbone, a line per relation, a mark per method; bars are the deviation."""
+    """Score of every relation: a panel per backbone, a line per relation, a mark per method; bars are the deviation."""
     colors = method_colors(table.methods)
-    labels = [f"{name} {about['label']}" for name, about in table.relations.items()]
+    labels = [_named(name, about["label"]) for name, about in table.relations.items()]
     labels = ["\n".join(textwrap.wrap(label, 30, max_lines=2, placeholder=" …")) for label in labels]
     columns = min(2, len(table.rows))
     lines = math.ceil(len(table.rows) / columns)
@@ -191,7 +199,7 @@ def relations_chart(table: Table2) -> Figure:
         axes.set_xlim(-2, 102)
         axes.set_xticks(range(0, 101, 20))
         axes.tick_params(axis="x", top=True, labeltop=True, labelsize=7.5)
-        axes.set_xlabel("P@1 on test, %", fontsize=8)
+        axes.set_xlabel(f"{table.scoring.heading} on test, %", fontsize=8, parse_math=False)
         _title(axes, row, 46)
     shown = [marks[method] for method in table.methods if method in marks]
     _legend_above(figure, shown, 4)
@@ -199,7 +207,7 @@ def relations_chart(table: Table2) -> Figure:
 
 
 def types_chart(table: Table2) -> Figure:
-    """Mean P@1 over the relations of each type, and over all: a panel per backbone; whiskers are the deviation."""
+    """Mean score over the relations of each type, and over all: a panel per backbone; whiskers are the deviation."""
     colors = method_colors(table.methods)
     types = table.types()
     everything = np.ones(len(table.relations), dtype=bool)
@@ -229,17 +237,19 @@ def types_chart(table: Table2) -> Figure:
             middles = [place + (i - (len(table.methods) - 1) / 2) * bar / group for place in range(len(groups))]
             bars[method] = axes.bar(middles, means, 0.9 * bar / group, color=colors[method], label=method)
             for place, mean, deviation in zip(middles, means, deviations, strict=True):
-                axes.text(place, mean + deviation + 1.5, f"{mean:.0f}", ha="center", va="bottom", fontsize=7)
+                if math.isfinite(mean):
+                    axes.text(place, mean + deviation + 1.5, f"{mean:.0f}", ha="center", va="bottom", fontsize=7)
             if any(deviations):
                 axes.errorbar(middles, means, yerr=deviations, fmt="none", ecolor="#222222", elinewidth=0.8)
-        counts = [f"{name}\n{where.sum()} relation{'s'[: int(where.sum()) > 1]}" for name, where in groups.items()]
+        group_name = table.scoring.words.group
+        counts = [f"{name}\n{plural(int(where.sum()), group_name)}" for name, where in groups.items()]
         axes.set_xticks(range(len(groups)), counts, fontsize=8, parse_math=False)
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.set_ylim(0, 112)
         axes.set_yticks(range(0, 101, 20))
         axes.tick_params(axis="x", length=0)
         axes.tick_params(axis="y", labelsize=7.5)
-        axes.set_ylabel("P@1 on test, %", fontsize=8)
+        axes.set_ylabel(f"{table.scoring.heading} on test, %", fontsize=8, parse_math=False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

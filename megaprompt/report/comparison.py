@@ -1,6 +1,6 @@
-"""Two methods on the same facts: which facts one knows and the other does not, and how sure their difference is.
+"""Two methods on the same test items: where one is right and the other is not, and how sure their difference is.
 
-A method knows a fact if it ranks the object first. Everything is made from the predictions that the runs wrote.
+A method is right about a fact if it ranks the object first. All is made from the predictions that the runs wrote.
 """
 
 from __future__ import annotations
@@ -12,37 +12,42 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from megaprompt.errors import MegapromptError
+from megaprompt.report.runs import Run
 from megaprompt.report.table2 import BackboneRow
-from megaprompt.report.tables import Run, methods_in_order
+from megaprompt.report.tables import methods_in_order
 
-Fact = tuple[str, str, str, int]  # relation, subject, object, and which of several facts with the same words
+Item = tuple[str, str, str, int]  # relation, input, gold, and which of several items with the same words
+
+_LETTERS = 240  # of an input that are shown
 
 
 class Answer(NamedTuple):
-    """What a model says about a fact."""
+    """What a model says about an item."""
 
     text: str
-    probability: float
+    probability: float  # NaN if it was not written
     right: bool
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the methods of one backbone answered to its test facts. Only facts that were asked with every seed count."""
+    """What the methods of one backbone answered on test. Only items that were asked with every seed count."""
 
-    facts: list[Fact]
-    known: dict[str, np.ndarray]  # method -> [facts] share of the seeds that know it; NaN if not asked
-    first: dict[str, list[Answer | None]]  # method -> [facts] of the first seed; None if not asked
+    items: list[Item]
+    right: dict[str, np.ndarray]  # method -> [items] share of the seeds that are right; NaN if not asked
+    first: dict[str, list[Answer | None]]  # method -> [items] of the first seed; None if not asked
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Macro P@1 of one method less that of another on the same facts, in points, with its 95 % interval."""
+    """Share of right answers of one method less that of another on the same items (mean over relations), in points,
+    with its 95 % interval."""
 
     method: str
     other: str
@@ -50,26 +55,26 @@ class Difference:
     low: float
     high: float
     relations: int
-    facts: int
+    items: int
 
 
 @dataclass(frozen=True)
 class Example:
-    """A fact, and what two methods answered."""
+    """An item, and what two methods answered."""
 
     label: str  # of the relation
-    subject: str
-    object: str
+    input: str
+    gold: str
     answers: tuple[Answer, Answer]
 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """The facts that two methods know, with the first seed of each."""
+    """Where two methods are right, with the first seed of each."""
 
     first: str
     second: str
-    counts: dict[tuple[bool, bool], int]  # (first knows, second knows) -> facts
+    counts: dict[tuple[bool, bool], int]  # (first is right, second is right) -> items
     examples: dict[tuple[bool, bool], list[Example]]
 
 
@@ -91,9 +96,9 @@ def compare(rows: Sequence[BackboneRow], relations: Mapping[str, Mapping[str, An
     found = []
     for row in rows:
         asked = read_answers(row, list(relations))
-        methods = methods_in_order(asked.known)
-        macro = row.macro()
-        best_first = sorted(methods, key=lambda method: -macro[method])
+        methods = methods_in_order(asked.right)
+        macro = row.means()
+        best_first = sorted(methods, key=lambda method: -macro.get(method, -math.inf))
         if len(methods) < 2:
             continue
         lead = "p-tuning" if "p-tuning" in methods else best_first[0]
@@ -117,64 +122,73 @@ def read_answers(row: BackboneRow, relations: Sequence[str]) -> Answers:
     """
     runs = {run.path: run for cell in row.cells.values() for run in cell.runs}
     seeds = {method: [run.path for run in cell.runs] for method, cell in row.cells.items()}
-    place: dict[Fact, int] = {}
-    right: dict[tuple[str, Path], dict[int, bool]] = defaultdict(dict)  # (method, run) -> place of the fact -> rank 1
-    given: dict[str, dict[int, Answer]] = defaultdict(dict)  # method -> place of the fact -> answer of the first seed
+    place: dict[Item, int] = {}
+    right: dict[tuple[str, Path], dict[int, bool]] = defaultdict(dict)  # (method, run) -> place of the item
+    given: dict[str, dict[int, Answer]] = defaultdict(dict)  # method -> place; of the first seed
     for relation in relations:
         for path, run in runs.items():
             seen: Counter[tuple[str, ...]] = Counter()
-            for line in _predictions(run, relation):
-                method = line["method"]
+            for method, input_, gold, answer in _predictions(run, relation):
                 if path not in seeds.get(method, ()):
                     continue
-                words = (method, line["subject"], line["object"])
-                index = place.setdefault((relation, *words[1:], seen[words]), len(place))
+                words = (method, input_, gold)
+                index = place.setdefault((relation, input_, gold, seen[words]), len(place))
                 seen[words] += 1
-                right[method, path][index] = line["rank"] == 1
+                right[method, path][index] = answer.right
                 if path == seeds[method][0]:
-                    text, probability = line["top"][0] if line.get("top") else ("–", math.nan)
-                    given[method][index] = Answer(text, probability, line["rank"] == 1)
-    known: dict[str, np.ndarray] = {}
+                    given[method][index] = answer
+    shares: dict[str, np.ndarray] = {}
     for method, paths in seeds.items():
         if all(right[method, path] for path in paths):
             of_seeds = np.full((len(paths), len(place)), np.nan)
             for i, path in enumerate(paths):
                 of_seeds[i, list(right[method, path])] = list(right[method, path].values())
-            known[method] = of_seeds.mean(0)
-    first = {method: [given[method].get(index) for index in range(len(place))] for method in known}
-    return Answers(list(place), known, first)
+            shares[method] = of_seeds.mean(0)
+    first = {method: [given[method].get(index) for index in range(len(place))] for method in shares}
+    return Answers(list(place), shares, first)
 
 
-def _predictions(run: Run, relation: str) -> list[dict[str, Any]]:
+def _predictions(run: Run, relation: str) -> list[tuple[str, str, str, Answer]]:
+    """Method, input, gold and answer of every line. Facts are ranked; other items are told to be right or not."""
     path = run.path / "predictions" / f"{relation}.jsonl"
     if not path.exists():
         return []
+    found = []
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        for line in lines:
-            line["method"], line["subject"], line["object"], line["rank"]
+        for text in path.read_text(encoding="utf-8").split("\n"):
+            if not text:
+                continue
+            line = json.loads(text)
+            if "rank" in line:
+                best, probability = line["top"][0] if line.get("top") else ("–", math.nan)
+                answer = Answer(best, probability, line["rank"] == 1)
+                found.append((line["method"], line["subject"], line["object"], answer))
+            else:
+                answer = Answer(str(line["answer"]), line.get("probability", math.nan), bool(line["right"]))
+                found.append((line["method"], str(line["input"]), str(line["gold"]), answer))
     except (ValueError, KeyError, TypeError) as error:
         raise MegapromptError(f"{path}: is damaged ({error!r}); run the probe again") from error
-    return lines
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- how sure, and which
 
 
 def difference(asked: Answers, method: str, other: str, *, samples: int = 10_000, seed: int = 0) -> Difference | None:
-    """The difference of macro P@1 on the facts that both methods were asked, with a paired bootstrap interval.
+    """The difference of the shares of right answers (mean over relations) on the items that both methods were asked,
+    with a paired bootstrap interval.
 
-    Facts are drawn with replacement within their relation, the same ones for both methods. With several seeds a fact
-    counts as the share of the seeds that know it: the interval tells of the choice of facts, not of seeds.
+    Items are drawn with replacement within their relation, the same ones for both methods. With several seeds an item
+    counts as the share of the seeds that are right: the interval tells of the choice of items, not of seeds.
 
     Returns:
-        None if there is no fact that both were asked.
+        None if there is no item that both were asked.
     """
-    gap = 100 * (asked.known[method] - asked.known[other])  # [facts] points
+    gap = 100 * (asked.right[method] - asked.right[other])  # [items] points
     both = np.isfinite(gap)
     if not both.any():
         return None
-    relation = np.array([fact[0] for fact in asked.facts])[both]
+    relation = np.array([item[0] for item in asked.items])[both]
     low, high = bootstrap_interval(gap[both], relation, samples=samples, seed=seed)
     names = np.unique(relation)
     mean = float(np.mean([gap[both][relation == name].mean() for name in names]))
@@ -200,24 +214,25 @@ def bootstrap_interval(values: np.ndarray, group: np.ndarray, *, samples: int, s
 def knowledge_of(
     asked: Answers, first: str, second: str, labels: Mapping[str, str], examples: int = 4
 ) -> Knowledge | None:
-    """Which facts two methods know, with the first seed of each, and some examples of each kind.
+    """Where two methods are right, with the first seed of each, and some examples of each kind.
 
     Examples are those of which the models are surest, from as many relations as possible.
     """
     kinds: dict[tuple[bool, bool], list[tuple[str, Example]]] = {(True, True): [], (True, False): []}
     kinds |= {(False, True): [], (False, False): []}
-    for fact, one, two in zip(asked.facts, asked.first[first], asked.first[second], strict=True):
+    for item, one, two in zip(asked.items, asked.first[first], asked.first[second], strict=True):
         if one is not None and two is not None:
-            relation, subject, object_, _ = fact
-            kinds[one.right, two.right].append((relation, Example(labels[relation], subject, object_, (one, two))))
+            relation, input_, gold, _ = item
+            shown = shorten(input_, _LETTERS, placeholder=" …") if len(input_) > _LETTERS else input_
+            kinds[one.right, two.right].append((relation, Example(labels[relation], shown, gold, (one, two))))
     if not any(kinds.values()):
         return None
-    chosen = {kind: _surest(kind, facts, examples) for kind, facts in kinds.items()}
-    return Knowledge(first, second, {kind: len(facts) for kind, facts in kinds.items()}, chosen)
+    chosen = {kind: _surest(kind, found, examples) for kind, found in kinds.items()}
+    return Knowledge(first, second, {kind: len(found) for kind, found in kinds.items()}, chosen)
 
 
-def _surest(kind: tuple[bool, bool], facts: Sequence[tuple[str, Example]], count: int) -> list[Example]:
-    """The facts of which the model is surest, one per relation as long as there are more relations."""
+def _surest(kind: tuple[bool, bool], found: Sequence[tuple[str, Example]], count: int) -> list[Example]:
+    """The items of which the model is surest, one per relation as long as there are more relations."""
 
     def probability(example: Example) -> float:
         """Of the right answer, or of the surer wrong one if both are wrong."""
@@ -225,7 +240,7 @@ def _surest(kind: tuple[bool, bool], facts: Sequence[tuple[str, Example]], count
         return max((p for p in right if math.isfinite(p)), default=0.0)
 
     by_relation: dict[str, list[Example]] = defaultdict(list)
-    for relation, example in sorted(facts, key=lambda each: -probability(each[1])):
+    for relation, example in sorted(found, key=lambda each: -probability(each[1])):
         by_relation[relation].append(example)
     rounds = zip_longest(*by_relation.values())
     return [example for each in rounds for example in each if example is not None][:count]

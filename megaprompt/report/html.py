@@ -29,8 +29,10 @@ from megaprompt.report.charts import (
     types_chart,
 )
 from megaprompt.report.comparison import compare
-from megaprompt.report.table2 import AVERAGES, HEADINGS, Table2, as_csv, join, latex, legend, lines_of, markdown
-from megaprompt.report.tables import Run, known, methods_in_order, percent, points, read_run, rows_of
+from megaprompt.report.runs import Run, Scoring, known, percent, plural, points, read_run
+from megaprompt.report.table2 import AVERAGES, Table2, join
+from megaprompt.report.table2_formats import HEADINGS, as_csv, latex, legend, lines_of, markdown
+from megaprompt.report.tables import data_and_vocabulary, has_gain, methods_in_order, notes_of, rows_of
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -53,13 +55,17 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         figures,
         out,
         results=results,
+        scoring=Scoring.of(results),
+        gain=has_gain(results),
+        about=data_and_vocabulary(results),
+        notes=notes_of(results),
         methods=methods_in_order(results["methods"]),
         relations=relations,
         averages=averages,
         types=types,
         reasons=list(dict.fromkeys(reason for about in abouts for reason in about["left_out"])),
         total=sum((Counter(about["facts"] | about["left_out"]) for about in abouts), Counter()),
-        smallest=min((row for row in relations if row.facts), key=lambda row: row.facts, default=None),
+        smallest=min((row for row in relations if row.items), key=lambda row: row.items, default=None),
         comparisons=compare(table.rows, table.relations),
         circumstances=_circumstances(results),
     )
@@ -76,7 +82,7 @@ def _run_figures(run: Run) -> dict[str, Figure]:
             data = {**results["data"], "relations": {name: about[name] for name in part}}
             figures[_numbered("scores", number)] = scores_chart({**results, "data": data})
     # Methods that fine-tune log lines of their own; the curves are those of prompts.
-    log = [line for line in run.log if line.get("method", "p-tuning") == "p-tuning"]
+    log = [line for line in run.log if "epoch" in line and line.get("method", "p-tuning") == "p-tuning"]
     logged = {line["relation"] for line in log}
     names = [name for name in dict.fromkeys([*about, *logged]) if name in logged]
     for number, part in enumerate(page_parts(names, LEARNING_PER_PAGE), 1) if names else ():
@@ -104,6 +110,7 @@ def write_joint_report(table: Table2, out: Path) -> Path:
         figures,
         out,
         table=table,
+        scoring=table.scoring,
         averages={average: lines_of(table, average) for average in AVERAGES},
         sentences=legend(table),
         headings=HEADINGS,
@@ -131,7 +138,7 @@ def _page(template: str, figures: Mapping[str, Figure], out: Path, **values: Any
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("megaprompt.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "points": points, "decimal": _decimal}
+    environment.filters |= {"percent": percent, "points": points, "plural": plural}
     page = environment.get_template(f"{template}.html.jinja").render(
         **values,
         charts={name: base64.b64encode(image).decode() for name, image in images.items()},
@@ -139,10 +146,6 @@ def _page(template: str, figures: Mapping[str, Figure], out: Path, **values: Any
     )
     write_file(out / "report.html", page.encode())
     return out / "report.html"
-
-
-def _decimal(value: Any) -> str:
-    return f"{value:.3f}" if known(value) else "–"
 
 
 def _circumstances(results: Mapping[str, Any]) -> dict[str, str]:

@@ -1,26 +1,24 @@
-"""Scores of one run as tables: what was scored, how numbers are printed, and the table in the terminal.
+"""The scores of one run as rows of tables: what is best, what is gained, what a reader has to know; and the terminal's.
 
 rich.print(summary_table(read_run(Path("runs/first")).results))
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.report.runs import Scoring, as_schema_2, divergence, known, percent, plural, points
 
-DISCRETE = ("majority", "manual", "lpaqa", "autoprompt")
+DISCRETE = ("majority", "manual", "lpaqa", "e-bert", "autoprompt")
 TRAINED = ("fine-tuning", "manual+fine-tuning", "p-tuning")
+MARK = " ‡"
+"""Behind scores of a relation whose training diverged, and averages over fewer relations than there are."""
 
 
 def methods_in_order(methods: Iterable[str]) -> list[str]:
@@ -35,62 +33,22 @@ def methods_in_order(methods: Iterable[str]) -> list[str]:
     return sorted(methods, key=place)
 
 
-def known(value: Any) -> bool:
-    """Whether a score is a number at all."""
-    return isinstance(value, int | float) and math.isfinite(value)
+def leaders(scores: Mapping[str, float]) -> set[str]:
+    """The methods with the best score, to the digits that are shown; none if all are the same."""
+    shown = {method: round(score, 1) for method, score in scores.items()}
+    best = max(shown.values(), default=0.0)
+    return {m for m, score in shown.items() if score == best} if len(set(shown.values())) > 1 else set()
 
 
-def percent(value: Any) -> str:
-    return f"{100 * value:.1f}" if known(value) else "–"
+def over_the_same(relations: Mapping[str, frozenset[Any]]) -> set[str]:
+    """The methods whose averages can be compared, since they are over the same relations: as many as there are.
 
-
-def points(difference: float) -> str:
-    """A difference of two scores in per cent, with its sign."""
-    return f"{round(difference, 1) or 0.0:+.1f}".replace("-", "−")  # never -0.0
-
-
-# -------------------------------------------------------------------------------------------------------- runs on disk
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run has written so far."""
-
-    path: Path
-    results: dict[str, Any]
-    log: list[dict[str, Any]] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)  # of config.yaml; none if there is no such file
-
-    def row(self, method: str, relation: str) -> Mapping[str, Any]:
-        """The scores of a method on a relation; empty if there are none."""
-        return ((self.results["methods"].get(method) or {}).get("relations") or {}).get(relation) or {}
-
-
-def read_run(path: Path) -> Run:
-    """Read a run. What follows the last newline of its log is still being written and is left out.
-
-    Raises:
-        UsageError: there is no run.
-        MegapromptError: a file is damaged, or of another version.
+    Args:
+        relations: that each method has scores of.
     """
-    file = path / "results.json"
-    if not file.is_file():
-        raise UsageError(f"{path}: holds no results.json; give the directory of a run, or of several")
-    try:
-        results = json.loads(file.read_bytes())
-        file = path / "log.jsonl"
-        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-        log = [json.loads(line) for line in lines]
-        file = path / "config.yaml"
-        options = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise MegapromptError(f"{file}: is damaged ({' '.join(str(error).split())}); run the probe again") from error
-    if not isinstance(results, dict) or (results.get("format") != 1 and results.get("schema") != 2):
-        raise MegapromptError(f"{path / 'results.json'}: was not written by this version of megaprompt; run it again")
-    return Run(path, results, log, options if isinstance(options, dict) else {})
-
-
-# ------------------------------------------------------------------------------------------------------------- one run
+    sets = list(relations.values())
+    reference = max(sets, key=lambda each: (len(each), sets.count(each)), default=frozenset())
+    return {method for method, each in relations.items() if each == reference}
 
 
 @dataclass(frozen=True)
@@ -100,73 +58,123 @@ class Row:
     name: str
     label: str
     type: str
-    facts: int  # in test
-    cells: dict[str, Mapping[str, Any]]  # method -> p_at_1, p_at_10, mrr, ...; empty if it was not scored
+    items: int  # in test
+    weights: dict[str, float]  # of the relations that it is about
+    cells: dict[str, Mapping[str, Any]]  # method -> a row or an average of results.json; empty if it was not scored
+    of_relations: dict[str, dict[str, float]]  # method -> the relations that it has scores of -> score in per cent
+    scoring: Scoring
 
     def scores(self) -> dict[str, float]:
-        """P@1 in per cent of the methods that have one."""
-        return {m: 100 * cell["p_at_1"] for m, cell in self.cells.items() if known(cell.get("p_at_1"))}
+        """The score in per cent of the methods that have one."""
+        found = {method: self.scoring.percent_of(cell) for method, cell in self.cells.items()}
+        return {method: score for method, score in found.items() if score is not None}
+
+    def comparable(self) -> dict[str, float]:
+        """The scores without averages over other relations than those of most methods."""
+        scores = self.scores()
+        alike = over_the_same({method: frozenset(self.of_relations[method]) for method in scores})
+        return {method: score for method, score in scores.items() if method in alike}
 
     def best(self, method: str) -> bool:
-        return method in leaders(self.scores())
+        return method in leaders(self.comparable())
 
     def gain(self) -> str:
-        """P-tuning over manual prompts, in points."""
-        scores = self.scores()
-        both = {"manual", "p-tuning"} <= set(scores)
-        return points(scores["p-tuning"] - scores["manual"]) if both else "–"
+        """P-tuning over manual prompts, in points, over the relations that both have scores of."""
+        manual, learned = (self.of_relations.get(method, {}) for method in ("manual", "p-tuning"))
+        both = manual.keys() & learned.keys()
+        if not both or not {"manual", "p-tuning"} <= self.scores().keys():
+            return "–"
+        total = sum(self.weights[name] for name in both)
+        return points(sum(self.weights[name] * (learned[name] - manual[name]) for name in both) / total)
 
-
-def leaders(scores: Mapping[str, float]) -> set[str]:
-    """The methods with the best score, to the digits that are shown; none if all are the same."""
-    shown = {method: round(score, 1) for method, score in scores.items()}
-    best = max(shown.values(), default=0.0)
-    return {m for m, score in shown.items() if score == best} if len(set(shown.values())) > 1 else set()
+    def text(self, method: str) -> str:
+        """The score of a method as it is printed."""
+        cell = self.cells[method]
+        value = cell.get(self.scoring.score)
+        marked = cell.get("diverged") or (known(value) and len(self.of_relations[method]) < len(self.weights))
+        return percent(value) + MARK * bool(marked)
 
 
 def rows_of(results: Mapping[str, Any]) -> tuple[list[Row], list[Row], list[Row]]:
     """Rows of relations, of the averages macro and micro, and of the relation types if there are several."""
     methods = {method: results["methods"][method] for method in methods_in_order(results["methods"])}
-    about = results["data"]["relations"]
+    about, scoring = results["data"]["relations"], Scoring.of(results)
 
     def row(name: str, label: str, kind: str, over: Sequence[str], *path: str) -> Row:
-        cells = {}
+        cells, of_relations = {}, {}
         for method, found in methods.items():
+            rows = (found or {}).get("relations") or {}
+            scores = {relation: scoring.percent_of(rows.get(relation) or {}) for relation in over}
+            of_relations[method] = {relation: score for relation, score in scores.items() if score is not None}
             for key in path:
                 found = (found or {}).get(key)
             cells[method] = found or {}
-        return Row(name, label, kind, sum(about[relation]["facts"]["test"] for relation in over), cells)
+        items = {relation: about[relation]["facts"]["test"] for relation in over}
+        weights = items if name == "micro" else dict.fromkeys(over, 1.0)
+        return Row(name, label, kind, sum(items.values()), weights, cells, of_relations, scoring)
 
     relations = [row(name, i["label"], i["type"], [name], "relations", name) for name, i in about.items()]
     averages = [
-        row("macro", "mean over relations", "", list(about), "macro"),
-        row("micro", "mean over facts", "", list(about), "micro"),
+        row("macro", f"mean over {scoring.groups}", "", list(about), "macro"),
+        row("micro", f"mean over {scoring.items}", "", list(about), "micro"),
     ]
     types = []
     kinds = sorted({info["type"] for info in about.values()})
     for kind in kinds if len(kinds) > 1 else ():
         same = [name for name, info in about.items() if info["type"] == kind]
-        label = f"mean over {len(same)} relation{'s'[: len(same) > 1]}"
+        label = f"mean over {plural(len(same), scoring.words.group)}"
         types.append(row(kind or "no type", label, kind, same, "by_type", kind))
     return relations, averages, types
 
 
+def notes_of(results: Mapping[str, Any]) -> list[str]:
+    """Sentences about the marks of one run: relations that diverged, and averages over the others."""
+    scoring, (relations, (macro, micro), _) = Scoring.of(results), rows_of(results)
+    notes = []
+    for row in relations:
+        for method, cell in row.cells.items():
+            if cell.get("diverged"):
+                notes.append(divergence(method, row.name, cell, method in row.scores()))
+    for method in macro.scores() | micro.scores():
+        if (count := len(macro.of_relations[method])) < len(macro.weights):
+            over = f"averages over {count} of {len(macro.weights)} {scoring.groups}"
+            notes.append(f"{method}: {over}. {compared(scoring)}")
+    return [f"{MARK.strip()} {note}" for note in notes]
+
+
+def compared(scoring: Scoring) -> str:
+    """What becomes of averages over fewer relations than there are."""
+    return f"The best is found among averages over the same {scoring.groups}; gains are over those that both have."
+
+
+def has_gain(results: Mapping[str, Any]) -> bool:
+    """Whether there is a column for the gain of P-tuning over manual prompts."""
+    return {"manual", "p-tuning"} <= set(results["methods"])
+
+
 def summary_table(results: Mapping[str, Any]) -> Table:
-    """P@1 on test of every relation and method of one run, for a terminal; the best of a row is bold."""
-    methods = methods_in_order(results["methods"])
-    gain = {"manual", "p-tuning"} <= set(methods)
-    backbone, data = results["backbone"]["name"], results["data"]
-    title = f"P@1 on test, %: {backbone}, {data['name']}, among {data['vocabulary']['name']}"
+    """The score on test of every relation and method of one run, for a terminal; the best of a row is bold."""
+    results = as_schema_2(results)
+    scoring, methods, gain = Scoring.of(results), methods_in_order(results["methods"]), has_gain(results)
+    title = f"{scoring.heading} on test, %: {results['backbone']['name']}, {data_and_vocabulary(results)}"
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in ("relation", "label", "type"):
+    for column in (scoring.words.group, "label", "type"):
         table.add_column(column, overflow="fold", no_wrap=column != "label")
-    for column in ("test\nfacts", *methods, *(["gain"] if gain else [])):
+    for column in (f"test\n{scoring.items}", *methods, *(["gain"] if gain else [])):
         table.add_column(Text(column), justify="right", no_wrap=True)
     relations, averages, _ = rows_of(results)
     for i, row in enumerate((*relations, *averages)):
         if i == len(relations):
             table.add_section()
-        words = (row.name, row.label if i < len(relations) else "", row.type, str(row.facts))
-        scores = [Text(percent(c.get("p_at_1")), "bold" if row.best(m) else "") for m, c in row.cells.items()]
+        words = (row.name, row.label if i < len(relations) else "", row.type, str(row.items))
+        scores = [Text(row.text(method), "bold" if row.best(method) else "") for method in row.cells]
         table.add_row(*map(Text, words), *scores, *([Text(row.gain())] if gain else []))
+    if notes := notes_of(results):
+        table.caption = Text("\n".join(notes), justify="left")
     return table
+
+
+def data_and_vocabulary(results: Mapping[str, Any]) -> str:
+    """`geonames, among all tokens`; the data alone if answers are not words of a vocabulary."""
+    data = results["data"]
+    return f"{data['name']}, among {data['vocabulary']['name']}" if data["vocabulary"] else data["name"]

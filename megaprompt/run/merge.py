@@ -9,17 +9,21 @@ import dataclasses
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megaprompt.config import ProbeConfig, from_yaml
 from megaprompt.errors import MegapromptError
 from megaprompt.files import write_file
+from megaprompt.report.runs import Run, read_run
 from megaprompt.run.averages import summarize
 from megaprompt.run.directory import RunDirectory
 
 logger = logging.getLogger(__name__)
+
+_MAY_DIFFER = {"relations", "out", "resume", "check", "deepspeed", "relation_groups", "row_tokens", "pass_tokens"}
+"""Options that change no result of a relation. The precision, which --deepspeed may change, is compared by itself."""
 
 
 def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
@@ -28,24 +32,15 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     Raises:
         MegapromptError: no run is complete, or they do not belong together.
     """
-    found = {run: RunDirectory(run).read_results() for run in runs}
-    complete = {run: results for run, results in found.items() if results.get("complete")}
-    for run in found.keys() - complete.keys():
-        logger.warning("%s is not complete and left out; continue it with --resume", run)
+    found = [read_run(path) for path in runs]
+    complete = [run for run in found if run.results.get("complete")]
+    for run in found:
+        if not run.results.get("complete"):
+            logger.warning("%s is not complete and left out; continue it with --resume", run.path)
     if not complete:
         raise MegapromptError(f"{out}: none of its runs is complete; continue them with --resume")
-    first, *others = complete.values()
-    for run, results in complete.items():
-        for what, key in (("backbone", "fingerprint"), ("data", "name"), ("data", "vocabulary")):
-            if results[what][key] != first[what][key]:
-                raise MegapromptError(
-                    f"{run}: its {what} is not that of {next(iter(complete))}; merge only what is alike"
-                )
-        if results["methods"].keys() != first["methods"].keys():
-            raise MegapromptError(
-                f"{run}: its methods are not those of {next(iter(complete))}; merge only what is alike"
-            )
-    counts = Counter(name for results in complete.values() for name in results["data"]["relations"])
+    _check_alike(complete)
+    counts = Counter(name for run in complete for name in run.results["data"]["relations"])
     for name, count in counts.items():
         if count > 1:
             raise MegapromptError(
@@ -53,39 +48,86 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
                 "report one by one to compare them"
             )
     order = sorted(counts, key=lambda name: (len(name), name))
-
-    def together(path: Sequence[str]) -> dict[str, Any]:
-        rows: dict[str, Any] = {}
-        for results in complete.values():
-            part: Any = results
-            for key in (*path, "relations"):
-                part = part[key]
-            rows |= part
-        return {name: rows[name] for name in order}
-
-    methods = {method: together(("methods", method)) for method in first["methods"]}
-    merged = {
-        **first,
-        "complete": len(complete) == len(found),
-        "data": {**first["data"], "relations": together(("data",))},
-        "methods": {
-            method: {
-                "relations": rows,
-                **summarize(rows, list(first.get("metrics", {"p_at_1": "", "p_at_10": "", "mrr": ""}))),
-            }
-            for method, rows in methods.items()
-        },
-        "timing": {"training_seconds": sum(r["timing"].get("training_seconds", 0.0) for r in (first, *others))},
-        "peak_memory_bytes": [peak for r in (first, *others) for peak in r["peak_memory_bytes"]],
-    }
-    log = sorted((line for run in complete for line in RunDirectory(run).read_log()), key=lambda line: line["time"])
+    merged = {**_together([run.results for run in complete], order), "complete": len(complete) == len(found)}
+    log = sorted((line for run in complete for line in run.log), key=lambda line: line["time"])
     write_file(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
     for run in complete:
-        for path in (*run.glob("prompts/*.safetensors"), *run.glob("predictions/*.jsonl")):
-            write_file(out / path.relative_to(run), path.read_bytes())
-    configs = [from_yaml(ProbeConfig, run / "config.yaml") for run in complete if (run / "config.yaml").exists()]
-    joined = {dataclasses.replace(config, relations=tuple(order), out=out) for config in configs}
-    if len(joined) == 1:  # otherwise they were not set up alike, and no configuration would give this result
-        RunDirectory(out).write_config(joined.pop())
+        for path in (*run.path.glob("prompts/*.safetensors"), *run.path.glob("predictions/*.jsonl")):
+            write_file(out / path.relative_to(run.path), path.read_bytes())
+    if all(run.options for run in complete):  # which differ only in what changes no results
+        config = from_yaml(ProbeConfig, complete[0].path / "config.yaml")
+        RunDirectory(out).write_config(dataclasses.replace(config, relations=tuple(order), out=out))
     RunDirectory(out).write_results(merged)
     return merged
+
+
+def _check_alike(runs: Sequence[Run]) -> None:
+    """See that runs differ in nothing but their relations.
+
+    Raises:
+        MegapromptError: names what differs.
+    """
+    first, *others = runs
+    for run in others:
+        for what, key in (("backbone", "fingerprint"), ("backbone", "dtype"), ("data", "name"), ("data", "vocabulary")):
+            if run.results[what][key] != first.results[what][key]:
+                mine, other = run.results[what][key], first.results[what][key]
+                raise MegapromptError(
+                    f"{run.path}: its {what} is not that of {first.path} ({key} {mine}, not {other}); merge only what "
+                    "is alike"
+                )
+        for what in ("metrics", "methods"):
+            mine, other = (", ".join(each.results[what]) for each in (run, first))
+            if run.results[what].keys() != first.results[what].keys():
+                raise MegapromptError(
+                    f"{run.path}: its {what} are not those of {first.path} ({mine}, not {other}); merge only what is "
+                    "alike"
+                )
+    _check_options([run for run in runs if run.options])
+
+
+def _check_options(runs: Sequence[Run]) -> None:
+    """See that runs were given the same options, as far as options change results.
+
+    Raises:
+        MegapromptError: names the first option that differs, and its two values.
+    """
+
+    def shown(value: Any) -> str:
+        """A value as the command line takes it."""
+        if value is None:
+            return "(not given)"
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+    for option in dataclasses.fields(ProbeConfig):
+        values = [shown(run.options.get(option.name, option.default)) for run in runs]
+        for run, value in zip(runs, values, strict=True):
+            if option.name not in _MAY_DIFFER and value != values[0]:
+                flag = f"--{option.name.replace('_', '-')}"
+                raise MegapromptError(
+                    f"{run.path}: has {flag} {value}, {runs[0].path} has {flag} {values[0]}; merge only what is alike"
+                )
+
+
+def _together(parts: Sequence[Mapping[str, Any]], order: Sequence[str]) -> dict[str, Any]:
+    """The results of one run over the relations of all parts, in this order."""
+    first = parts[0]
+
+    def rows_of(path: Sequence[str]) -> dict[str, Any]:
+        rows: dict[str, Any] = {}
+        for part in parts:
+            found: Any = part
+            for key in (*path, "relations"):
+                found = found[key]
+            rows |= found
+        return {name: rows[name] for name in order}
+
+    methods = {method: rows_of(("methods", method)) for method in first["methods"]}
+    metrics = list(first["metrics"])
+    return {
+        **first,
+        "data": {**first["data"], "relations": rows_of(("data",))},
+        "methods": {method: {"relations": rows, **summarize(rows, metrics)} for method, rows in methods.items()},
+        "timing": {"training_seconds": sum(part["timing"].get("training_seconds", 0.0) for part in parts)},
+        "peak_memory_bytes": [peak for part in parts for peak in part["peak_memory_bytes"]],
+    }

@@ -10,6 +10,7 @@ import pytest
 from megaprompt.cli import main
 from megaprompt.config import ProbeConfig, from_yaml
 from megaprompt.errors import MegapromptError
+from megaprompt.report.runs import read_run
 from megaprompt.run.merge import merge_runs
 from megaprompt.run.progress import ProgressFile, read_progress
 from megaprompt.run.saved_prompts import load_prompts
@@ -103,7 +104,7 @@ def test_parts_make_the_whole(probe, tmp_path, capsys):
     capsys.readouterr()
     assert main(["report", str(tmp_path / "all")]) == 0
     assert "macro" in capsys.readouterr().out
-    merged, joint = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("all", "joint"))
+    merged, joint = (read_run(tmp_path / run).results for run in ("all", "joint"))
     assert merged["complete"]
     assert merged["data"] == joint["data"]
     assert merged["methods"] == joint["methods"]

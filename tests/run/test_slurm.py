@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megaprompt.cli import main
+from megaprompt.report.runs import read_run
 from megaprompt.run.progress import read_progress
 from tests.backbone.megatron_parts import random_model, write_checkpoint
 from tests.conftest import PAIRS, make_model, run_cli, write_data
@@ -110,7 +111,7 @@ def _in_the_root_directory(monkeypatch):
 
 
 def scores(run: Path) -> dict:
-    return json.loads((run / "results.json").read_text())["methods"]
+    return read_run(run).results["methods"]
 
 
 def completed(cluster: SlurmCluster, job: str) -> str:

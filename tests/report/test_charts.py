@@ -1,0 +1,122 @@
+"""Charts of one run and of several."""
+
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from megaprompt.report.charts import learning_chart, relations_chart, scores_chart, types_chart
+from megaprompt.report.table2 import Table2
+from tests.report.made_up import change, joined, log_line, make_results
+
+
+def test_dollars_in_labels_are_no_formulas():
+    results = make_results({"manual": {"P1": 0.5}}, P1="$a_{$")
+    scores, learning = scores_chart(results), learning_chart(results, [log_line("P1", 1, 0.5)])
+    for figure in (scores, learning):
+        FigureCanvasAgg(figure).draw()  # raises for a wrong formula
+    assert scores.axes[0].get_yticklabels()[0].get_text() == learning.axes[0].get_title() == "P1 $a_{$"
+
+
+def test_learning_curves_mark_the_chosen_epoch(results):
+    log = [
+        log_line("P30", 1, 0.1, best=True),
+        log_line("P36", 1, 0.25, best=True, loss=3.0),
+        log_line("P36", 2, 0.5, best=True, loss=2.0),
+        log_line("P36", 3, 0.5, loss=None),
+        log_line("P36", 4, None, loss=0.5),
+    ]
+    figure = learning_chart(results, log)
+    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == ["P36 capital", "P30 p30"]
+    dev, dot = figure.axes[0].lines
+    assert dev.get_xydata()[:3].tolist() == [[1, 25], [2, 50], [3, 50]]
+    assert dot.get_xydata().tolist() == [[2, 50]]
+    loss = figure.axes[1].lines[0].get_ydata()
+    assert loss[[0, 1, 3]].tolist() == [3.0, 2.0, 0.5]
+
+
+def test_bars_have_the_lengths_of_the_scores(results):
+    results["methods"]["manual"]["relations"]["P30"]["p_at_1"] = None
+    axes = scores_chart(results).axes[0]
+    lengths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
+    assert list(lengths) == ["majority", "manual", "p-tuning"]
+    assert lengths["p-tuning"] == pytest.approx([50, 62.54, 56.27])
+    assert lengths["manual"] == pytest.approx([53.8, 0, 51.9])
+    assert [text.get_text() for text in axes.texts] == ["0", "25", "12", "54", "–", "52", "50", "63", "56"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["P36 capital", "P30 p30", "macro mean"]
+
+
+@pytest.mark.parametrize(("relations", "methods"), [(1, 1), (41, 6)])
+def test_bar_labels_do_not_overlap(relations, methods):
+    names = [f"P{100 + i}" for i in range(relations)]
+    labels = dict.fromkeys(names, "located in the administrative territorial entity of a very long name")
+    known = ("majority", "manual", "fine-tuning", "p-tuning", "new", "newer")[:methods]
+    scores = {m: {n: (i + k) % 10 / 9 for k, n in enumerate(names)} for i, m in enumerate(known)}
+    figure = scores_chart(make_results(scores, **labels))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    axes = figure.axes[0]
+    assert len(axes.texts) == methods * (relations + (relations > 1))
+    assert len({bars[0].get_facecolor() for bars in axes.containers}) == methods
+    for texts in (axes.texts, axes.get_yticklabels()):
+        boxes = sorted((text.get_window_extent(canvas.get_renderer()) for text in texts), key=lambda box: box.y0)
+        assert all(lower.y1 <= upper.y0 + 1 for lower, upper in pairwise(boxes))
+        assert min(box.x0 for box in boxes) >= 0
+        assert max(box.x1 for box in boxes) <= figure.bbox.x1
+
+
+@pytest.fixture
+def wide(make_run) -> Table2:
+    """33 relations of three types, 6 methods, 2 backbones, 2 seeds."""
+    names = [f"P{100 + i}" for i in range(33)]
+    methods = ("majority", "manual", "lpaqa-mined", "fine-tuning", "manual+fine-tuning", "p-tuning")
+    runs = []
+    for backbone in ("one", "a-backbone-with-a-very-long-name/of-many-parts-and-even-more-of-them-than-fit"):
+        for seed in (0, 1):
+            shares = {m: {n: (i + k + seed) % 11 / 10 for k, n in enumerate(names)} for i, m in enumerate(methods)}
+            run = make_run(f"{backbone[:3]}{seed}", shares, backbone, seed=seed)
+
+            def describe(results):
+                for k, about in enumerate(results["data"]["relations"].values()):
+                    about["label"] = "located in the administrative territorial entity of a very long name"
+                    about["type"] = ("1-1", "N-1", "N-M")[k % 3]
+
+            change(run, describe)
+            runs.append(run)
+    return joined(*runs)
+
+
+@pytest.mark.parametrize("chart", [relations_chart, types_chart])
+def test_labels_of_charts_do_not_overlap(wide, chart):
+    figure = chart(wide)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    texts = [text for axes in figure.axes for text in (*axes.texts, *axes.get_yticklabels(), *axes.get_xticklabels())]
+    texts += [axes.title for axes in figure.axes] + [axes._left_title for axes in figure.axes]
+    texts += [text for legend_ in figure.legends for text in legend_.get_texts()]
+    texts += [axes.xaxis.label for axes in figure.axes]
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text()]
+    assert len(boxes) > 33
+    for (name, one), (other, two) in combinations(boxes, 2):
+        apart = one.x1 <= two.x0 + 1 or two.x1 <= one.x0 + 1 or one.y1 <= two.y0 + 1 or two.y1 <= one.y0 + 1
+        assert apart, f"{name!r} lies on {other!r}"
+    for name, box in boxes:
+        assert box.x0 >= 0, name
+        assert box.x1 <= figure.bbox.x1, name
+        assert box.y0 >= 0, name
+        assert box.y1 <= figure.bbox.y1, name
+
+
+def test_charts_show_means_and_deviations(make_run):
+    shares = [{"manual": {"P36": 0.2}, "p-tuning": {"P36": score}} for score in (0.5, 0.7)]
+    table = joined(*(make_run(f"s{i}", scores, seed=i) for i, scores in enumerate(shares)))
+    axes = types_chart(table).axes[0]
+    heights = [[bar.get_height() for bar in bars] for bars in axes.containers if bars.get_label() in table.methods]
+    assert heights == [[pytest.approx(20)], [pytest.approx(60)]]
+    axes = relations_chart(table).axes[0]
+    marks = {marks.get_label(): marks for marks in axes.containers}
+    assert marks["p-tuning"].lines[0].get_xdata() == pytest.approx([60])
+    (whisker,) = marks["p-tuning"].lines[2][0].get_segments()
+    assert np.ptp(whisker[:, 0]) == pytest.approx(2 * 200**0.5)
