@@ -12,6 +12,7 @@ import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; and threads of processes side by side wait for each other
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

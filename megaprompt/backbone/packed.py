@@ -119,7 +119,7 @@ def _answer_in_float32(head: nn.Linear) -> None:
         logits = torch.cat(parts, dim=-1)
         return logits if head.bias is None else logits + head.bias.float()
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[assignment, method-assign]
 
 
 def _first_position(model: PreTrainedModel) -> int:

@@ -59,8 +59,7 @@ class AutoPrompt:
 
     def _template(self, task: Task, context: Context) -> Template:
         """The paper's template for fact retrieval has five tokens to find."""
-        fields = " ".join(f"[{name}]" for name in task.fields)
-        return task.template(self.template or f"{fields}<5>[Y]{'' if context.backbone.causal else ' .'}")
+        return task.template(self.template or f"{' '.join(task.places)}<5>[Y]{'' if context.backbone.causal else ' .'}")
 
     def run(self, context: Context) -> None:
         def score(task: Task, should_stop: ShouldStop) -> dict[str, Scored]:

@@ -39,7 +39,7 @@ class PTuning:
                 template.render(example.fields, task.encoder, max_tokens=task.max_tokens)
 
     def _template(self, task: Task, context: Context) -> Template:
-        return task.template(self.template or default_template(context.backbone.causal, task.fields))
+        return task.template(self.template or default_template(context.backbone.causal, task.places))
 
     def run(self, context: Context) -> None:
         data, templates = [], {}

@@ -68,9 +68,9 @@ class TextEncoder(NamedTuple):
     suffix: tuple[int, ...] = ()
 
 
-def default_template(causal: bool, fields: Sequence[str] = FACT) -> str:
+def default_template(causal: bool, places: Sequence[str] = ("[X]",)) -> str:
     """The paper's template for a kind of model: three pseudo tokens around every field, and before the answer."""
-    return "<3>" + "".join(f"[{name}]<3>" for name in fields) + ("[Y]" if causal else "[Y]<3>")
+    return "<3>" + "".join(f"{place}<3>" for place in places) + ("[Y]" if causal else "[Y]<3>")
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,11 @@ class Template:
         if wrong is None and not any(counts[name] for name in fields):
             wrong = fields[0]
         if wrong is not None:
-            others = "[X] (the subject)" if fields == FACT else f"each of {', '.join(f'[{name}]' for name in fields)}"
+            places = [f"[{name}]" for name in fields]
+            others = "[X] (the subject)" if fields == FACT else f"each of {', '.join(places)}"
             raise UsageError(
                 f"template {text!r} has {counts[wrong]} [{wrong}]; it needs exactly one {others} and one [Y] (the "
-                f'answer), as in "{default_template(True, fields)}"'
+                f'answer), as in "{default_template(True, places)}"'
             )
         return cls(text, pieces, tuple(fields))
 

@@ -181,7 +181,11 @@ class RunContext:
 
     def save_prompt(self, task: Task, template: Template, learned: Learned) -> None:
         if self.world.is_main:
-            about = {"backbone": self.backbone.name, "fingerprint": self.backbone.fingerprint, "data": self.data_name}
+            about: dict[str, Any] = {
+                "backbone": self.backbone.name,
+                "fingerprint": self.backbone.fingerprint,
+                "data": self.data_name,
+            }
             about |= {"relation": task.name, "template": template.text, "label": task.label}
             prompt = SavedPrompt(vectors=learned.kept.vectors, head=learned.kept.head, dev=learned.dev, **about)
             prompt.save(self.run.path / "prompts" / f"{task.name}.safetensors")

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = 2
 """Of results.json and of the lines of predictions."""
 
-_MAY_CHANGE = {"out", "resume", "check", "deepspeed", "relation_groups", "row_tokens", "pass_tokens"}
+MAY_CHANGE = {"out", "resume", "check", "deepspeed", "relation_groups", "row_tokens", "pass_tokens"}
 """Options that do not change results (beyond rounding), so a resumed run may have others."""
 
 
@@ -62,7 +62,7 @@ class RunDirectory:
         before = from_yaml(ProbeConfig, saved)
         for field in dataclasses.fields(config):
             old, new = getattr(before, field.name), getattr(config, field.name)
-            if field.name not in _MAY_CHANGE and old != new:
+            if field.name not in MAY_CHANGE and old != new:
                 flag = f"--{field.name.replace('_', '-')}"
                 raise UsageError(f"--resume: {run.path} was started with {flag} {old}, not {new}; leave {flag} out")
         return run

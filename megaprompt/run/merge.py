@@ -18,11 +18,11 @@ from megaprompt.errors import MegapromptError
 from megaprompt.files import write_file
 from megaprompt.report.runs import Run, read_run
 from megaprompt.run.averages import summarize
-from megaprompt.run.directory import RunDirectory
+from megaprompt.run.directory import MAY_CHANGE, RunDirectory
 
 logger = logging.getLogger(__name__)
 
-_MAY_DIFFER = {"relations", "out", "resume", "check", "deepspeed", "relation_groups", "row_tokens", "pass_tokens"}
+_MAY_DIFFER = MAY_CHANGE | {"relations"}
 """Options that change no result of a relation. The precision, which --deepspeed may change, is compared by itself."""
 
 

@@ -47,6 +47,11 @@ class Task:
     left_out: Mapping[str, int] = field(default_factory=dict)  # reason -> examples of the data that cannot be scored
     max_tokens: int | None = None  # of a query; longer ones are cut
 
+    @property
+    def places(self) -> list[str]:
+        """The fields in the notation of templates; where queries have a limit, they may be cut."""
+        return [f"[{name}{'...' * (self.max_tokens is not None)}]" for name in self.fields]
+
     def template(self, text: str) -> Template:
         """Read the notation of a template with this task's fields.
 
@@ -83,7 +88,7 @@ class Task:
     @property
     def bare_template(self) -> Template:
         """The fields alone, for a model that is trained to understand them so."""
-        return self.template(" ".join([*(f"[{name}]" for name in self.fields), "[Y]"]))
+        return self.template(" ".join([*self.places, "[Y]"]))
 
     def instances(self, split: Split, template: Template) -> list[Instance]:
         """The examples of one split, asked with a template.

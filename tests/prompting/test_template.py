@@ -87,7 +87,7 @@ def test_fields_have_names_and_other_brackets_are_text():
     assert template.num_pseudo_tokens == 3
     query = template.render(EXAMPLE, ENCODER)
     assert query.tokens == (103, 105, 105, 105, -1, 0, 102, 102, 101, -2, -3)
-    assert default_template(True, NLI) == "<3>[premise]<3>[hypothesis]<3>[Y]"
+    assert default_template(True, ["[premise]", "[hypothesis]"]) == "<3>[premise]<3>[hypothesis]<3>[Y]"
     for wrong in ("[premise][premise] [Y]", "[premise]", "<3>[X][Y]"):
         with pytest.raises(UsageError, match=r"needs exactly one each of \[premise\], \[hypothesis\] and one \[Y\]"):
             Template.parse(wrong, NLI)
