@@ -34,8 +34,11 @@ from megaprompt.backbone.packed import PackedModel, language_model
 from megaprompt.backbone.sharded import new_sharded
 from megaprompt.config import MemoryConfig
 from megaprompt.console import progress
-from megaprompt.distributed.launch import World, joined_world
-from megaprompt.distributed.zero3 import DeepSpeedSettings, build_operators, read_deepspeed_config, shard
+from megaprompt.distributed.deepspeed_config import DeepSpeedSettings, read_deepspeed_config
+from megaprompt.distributed.launch import joined_world
+from megaprompt.distributed.operators import build_operators
+from megaprompt.distributed.world import World
+from megaprompt.distributed.zero3 import shard
 from megaprompt.engine.fine_tuning import FineTuner
 from megaprompt.engine.training import Trainer
 from megaprompt.errors import MegapromptError, UsageError, first_line

@@ -160,7 +160,8 @@ import sys, torch, deepspeed
 from pathlib import Path
 from megaprompt.backbone import load_backbone
 from megaprompt.distributed.launch import joined_world
-from megaprompt.distributed.zero3 import read_deepspeed_config, whole
+from megaprompt.distributed.deepspeed_config import read_deepspeed_config
+from megaprompt.distributed.zero3 import whole
 from megaprompt.engine.training import Hooks
 from megaprompt.prompting.recipe import Recipe
 from tests.engine.test_training import trainer_for, allowed
@@ -188,7 +189,7 @@ import os, resource, sys, torch
 from pathlib import Path
 from megaprompt.backbone import load_backbone
 from megaprompt.distributed.launch import joined_world
-from megaprompt.distributed.zero3 import read_deepspeed_config
+from megaprompt.distributed.deepspeed_config import read_deepspeed_config
 from megaprompt.prompting.packing import pack
 from megaprompt.prompting.template import Query
 
