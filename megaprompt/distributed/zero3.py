@@ -43,9 +43,10 @@ def shard(model: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optim
 
 
 def release(model: nn.Module) -> None:
-    """Let go of a module that `shard` was given: afterwards it is freed like any other object, with its engine, optimizer
-    and partitions, once nobody else refers to it. (They refer to each other, so call `gc.collect()` then.) All ranks
-    must call it. A module that is not sharded is left alone.
+    """Let go of a module that `shard` was given. All ranks must call it; a module that is not sharded is left alone.
+
+    Afterwards it is freed like any other object, with its engine, optimizer and partitions, once nobody else refers to
+    it. (They refer to each other, so call `gc.collect()` then.)
 
     DeepSpeed of its own accord keeps every module that it ever sharded: on a global stack that `destroy` does not
     clear (its issues 5674 and 7204).
