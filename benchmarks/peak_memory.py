@@ -24,13 +24,13 @@ import torch
 from throughput import Original, Peft  # the benchmark beside this one
 
 from megaprompt.backbone import load_backbone
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 from megaprompt.engine.training import Trainer
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.prompt_encoder import PromptEncoder
 from megaprompt.prompting.recipe import RECIPES, Recipe
 from megaprompt.prompting.template import Template
-from megaprompt.resources.measure import PeakMemory
+from megaprompt.resources.measured_case import PeakMemory
 from megaprompt.tasks.lama.facts import load_data
 from megaprompt.tasks.lama.usable_facts import load_vocabulary, usable_relations
 from megaprompt.tasks.task import Examples, Task

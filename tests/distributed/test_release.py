@@ -20,7 +20,7 @@ from megaprompt.distributed.launch import joined_world
 from megaprompt.distributed.zero3 import release, shard
 from megaprompt.prompting.packing import pack
 from megaprompt.prompting.template import Query
-from megaprompt.resources.measure import PeakMemory
+from megaprompt.resources.measured_case import PeakMemory
 
 directory, config, trained = sys.argv[1:]
 settings = read_deepspeed_config(Path(config))

@@ -14,18 +14,10 @@ from megaprompt.cli import main
 from megaprompt.config import PlanConfig
 from megaprompt.errors import UsageError
 from megaprompt.prompting.packing import PassSize, pack
+from megaprompt.resources.gathering import gathering
 from megaprompt.resources.plan import advice, plan, plans
-from megaprompt.resources.predict import (
-    BUILT_IN,
-    Job,
-    Profile,
-    Workload,
-    _Allocations,
-    gathering,
-    predict,
-    profile,
-    shape_of,
-)
+from megaprompt.resources.predict import Job, predict
+from megaprompt.resources.profile import BUILT_IN, Profile, Workload, _Allocations, profile, shape_of
 from tests.conftest import run_cli
 
 ROOT = Path(__file__).parents[2]
