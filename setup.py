@@ -26,6 +26,7 @@ setup(
         "language-data>=1.3",
         "matplotlib>=3.8",
         "ninja",
+        "pooch>=1.8",
         "psutil>=5.9",
         "pyyaml>=6.0",
         "requests>=2.31",
