@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from megaprompt.backbone.sharded import _check_swap_space
+from megaprompt.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,3 +57,11 @@ def test_swap_space_is_for_all_ranks_of_a_machine(tmp_path):
     for rank, output in enumerate(outputs):
         assert re.search(rf"rank {rank}, 8 too few: NVMe offload needs .* change nvme_path", output), output
         assert f"rank {rank}, 0 too few: enough" in output
+
+
+def test_swap_buffers_must_hold_a_partition(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    model = torch.nn.Linear(100, 11, bias=False)
+    offload = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_size": 549}
+    with pytest.raises(UsageError, match=r"set offload_param\.buffer_size to at least 550"):
+        _check_swap_space(model, {"zero_optimization": {"offload_param": offload}})
