@@ -27,6 +27,7 @@ setup(
         "matplotlib>=3.8",
         "ninja",
         "pandas>=2.2",
+        "pooch>=1.8",
         "psutil>=5.9",
         "pyyaml>=6.0",
         "requests>=2.31",

@@ -24,14 +24,14 @@ import torch
 from throughput import Original, Peft  # the benchmark beside this one
 
 from megaprompt.backbone import load_backbone
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 from megaprompt.engine.learner import TrainingSet
 from megaprompt.engine.trainer import Trainer
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.prompt_encoder import PromptEncoder
 from megaprompt.prompting.recipe import RECIPES, Recipe
 from megaprompt.prompting.template import Template
-from megaprompt.resources.measure import PeakMemory
+from megaprompt.resources.measured_case import PeakMemory
 from megaprompt.tasks.lama.facts import load_data
 from megaprompt.tasks.lama.questions import lama_tasks, load_vocabulary
 

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megaprompt.backbone import Backbone, load_backbone
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 from megaprompt.engine.learner import Learner, TrainingSet
 from megaprompt.engine.passes import Questions, answers
 from megaprompt.engine.step import numbered_from

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from megaprompt.config import ProbeConfig, from_yaml, parse, to_yaml
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 from megaprompt.errors import UsageError
 from megaprompt.run.checkpoints import load_checkpoint
 from megaprompt.run.saved_prompts import SavedPrompt, load_prompts

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from megaprompt.backbone.exactness import exact_size
 from megaprompt.backbone.packed import PackedModel
 from megaprompt.backbone.tokenization import WORD, Tokenization
 from megaprompt.distributed.zero3 import whole
-from megaprompt.errors import MegapromptError, first_line
-from megaprompt.prompting.packing import PassSize, pack
+from megaprompt.errors import MegapromptError
+from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.prompt_encoder import EmbeddingStatistics
-from megaprompt.prompting.template import Query, TextEncoder
-
-logger = logging.getLogger(__name__)
+from megaprompt.prompting.template import TextEncoder
 
 
 class Backbone(PackedModel):
@@ -91,49 +88,15 @@ class Backbone(PackedModel):
 
     # ----------------------------------------------------------------------------------------------------------- check
 
-    @torch.no_grad()
     def exact_size(self, size: PassSize) -> PassSize:
-        """The size of passes that this model computes exactly: `size`, or with a row for each query.
-
-        A few queries are computed packed, and one by one as transformers does of its own accord. Packing is not exact
-        for models that ignore masks or positions, or have their own idea of them (recurrence, ALiBi, relative
-        positions); these get rows of one query. All ranks must call it.
+        """The size of passes that this model computes exactly: `size`, or with a row for each query. All ranks must
+        call it.
 
         Raises:
-            MegapromptError: not even that is exact, as with models that cannot be given vectors for tokens.
+            MegapromptError: not even that is exact (see `backbone.exactness`).
         """
-        last = self.text_encoder().mask
-        texts = [(*tokens, 17 if last is None else last) for tokens in ((11, 12), (11, 12, 14), (11,))]
-        queries = [Query(tokens, (len(tokens) - 1,), bidirectional=not self.causal) for tokens in texts]
         about = f"{self.name} ({self.model.config.model_type})"
-        tolerance = 0.05 if self.model.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        plain: Tensor | None = None
-        reasons: list[str] = []
-        for row_tokens in (size.row_tokens, None):
-            try:
-                if plain is None:
-                    alone = [
-                        self(torch.tensor(query.tokens, device=self.device))[query.targets[0]] for query in queries
-                    ]
-                    plain = torch.stack(alone).float()
-                batch = pack(queries, row_tokens and 64).to(self.device)
-                found = self(batch)[batch.target_of_query].float()
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a model that does not know these arguments stumbles over
-                reasons.append(first_line(error))
-                continue
-            difference = (found - plain).norm() / plain.norm()
-            if difference < tolerance:
-                if reasons:
-                    logger.warning("%s does not compute packed queries exactly (%s)", about, reasons[0])
-                    logger.warning("every query gets a row of its own, which is slower")
-                return replace(size, row_tokens=row_tokens)
-            reasons.append(f"relative error {difference:.1e}")
-        raise MegapromptError(
-            f"backbone {about} does not compute queries exactly ({reasons[-1]}); give a causal or masked model of "
-            f"transformers that takes inputs_embeds and attention_mask"
-        )
+        return exact_size(self, size, about, self.text_encoder().mask)
 
 
 def _statistics(embeddings: Tensor) -> EmbeddingStatistics:

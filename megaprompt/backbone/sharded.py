@@ -15,7 +15,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from megaprompt.backbone.packed import language_model
-from megaprompt.distributed.zero3 import PRECISION_SECTIONS, build_operators, prefer_cpu_without_gpu
+from megaprompt.distributed.deepspeed_config import PRECISION_SECTIONS
+from megaprompt.distributed.operators import build_operators, prefer_cpu_without_gpu
+from megaprompt.distributed.world import ranks_on_this_machine
 from megaprompt.errors import MegapromptError, UsageError
 
 
@@ -106,7 +108,7 @@ def _check_swap_space(model: nn.Module, config: dict[str, Any]) -> None:
         raise UsageError(f"--deepspeed: set offload_param.buffer_size to at least {largest}, the largest partition")
     path = Path(offload["nvme_path"])
     needed = sum(p.numel() * p.element_size() for p in model.parameters()) // ranks
-    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed *= ranks_on_this_machine()
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / f".megaprompt-{os.getpid()}").write_bytes(b"x")

@@ -1,1 +1,1 @@
-"""Many processes: who am I (`launch`), and how the backbone is sharded over all of us (`zero3`)."""
+"""Many processes: what started them (`launch`), what they tell each other (`world`), and ZeRO-3 (`zero3`)."""

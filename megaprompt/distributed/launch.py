@@ -1,4 +1,4 @@
-"""Who this process is among the processes of a run, and the few things that they tell each other.
+"""Which launcher started this process and the others, and joining them.
 
 What started the processes is found out from the environment: torchrun, the deepspeed launcher (both set RANK and the
 rest), mpirun, a Slurm step (srun), or nothing. While joined, RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
@@ -10,82 +10,19 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.distributed.world import World
+from megaprompt.errors import MegapromptError, UsageError, first_line
 
 _TIMEOUT = timedelta(minutes=10)
 """For the ranks to find each other, and for each to do its part of a collective. Death is noticed at once."""
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes of a run, or some of them. Alone by default."""
-
-    rank: int = 0  # among these processes
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    group: dist.ProcessGroup | None = None  # None: all processes
-    sent: Counter[str] = field(default_factory=Counter)  # bytes that this process handed over, by what they are
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and talks to the user."""
-        return self.rank == 0
-
-    def split(self, groups: int) -> World:
-        """The part of this world that this process is in, after dividing it into groups of neighbours.
-
-        Raises:
-            UsageError: the size is no multiple of the number of groups.
-        """
-        if self.size % groups:
-            raise UsageError(f"--relation-groups {groups}: does not divide the {self.size} ranks; give a divisor")
-        if groups == 1:
-            return self
-        size = self.size // groups
-        members = [list(range(start, start + size)) for start in range(0, self.size, size)]
-        made = [dist.new_group(ranks) for ranks in members]  # collective: every rank makes every group
-        return World(self.rank % size, size, self.device, made[self.rank // size], self.sent)
-
-    def sum_(self, tensor: Tensor, what: str = "other") -> Tensor:
-        """Replace `tensor` by its sum over the ranks; all must call it. `what` is for the account of bytes sent."""
-        return self._reduce(tensor, dist.ReduceOp.SUM, what)
-
-    def max_(self, tensor: Tensor, what: str = "other") -> Tensor:
-        """Replace `tensor` by its elementwise maximum over the ranks; all must call it."""
-        return self._reduce(tensor, dist.ReduceOp.MAX, what)
-
-    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType, what: str) -> Tensor:
-        if self.size > 1:
-            moved = tensor.to(self.device)
-            dist.all_reduce(moved, operation, group=self.group)
-            if moved is not tensor:
-                tensor.copy_(moved)
-            self.sent[what] += tensor.nbytes
-        return tensor
-
-    def gather(self, value: Any) -> list[Any]:
-        """Any picklable value from every rank, in rank order; all must call it."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.size > 1:
-            dist.barrier(self.group)
 
 
 # ------------------------------------------------------------------------------------------------- what started us
@@ -110,9 +47,8 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _explicit(environ)
     if "MPI_LOCALNRANKS" in environ or "OMPI_COMM_WORLD_SIZE" in environ:
-        return _mpi(
-            environ
-        )  # before Slurm: in a job, mpirun starts its helpers with srun and we inherit their variables
+        # Before Slurm: in a job, mpirun starts its helpers with srun, and we inherit their variables.
+        return _mpi(environ)
     # A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS as well, but is no task: only a step has an id.
     if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
         return _slurm(environ)
@@ -236,7 +172,7 @@ def _join(force: bool) -> World:
         except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
             raise MegapromptError(
                 f"rank {launch.rank} of {launch.size} finds no connection to the others through {launch.address}:"
-                f"{launch.port} ({_first_line(error)}); did all of them start? If so, set MASTER_ADDR"
+                f"{launch.port} ({first_line(error)}); did all of them start? If so, set MASTER_ADDR"
             ) from error
     return World(launch.rank, launch.size, device)
 
@@ -262,7 +198,7 @@ def joined_world(force: bool = False) -> Iterator[World]:
             raise
         raise MegapromptError(
             f"rank {world.rank} of {world.size} has lost another rank, which has died or hangs; look for its own last "
-            f"words, then continue with --resume ({_first_line(error)})"
+            f"words, then continue with --resume ({first_line(error)})"
         ) from error
     finally:
         if dist.is_initialized():
@@ -288,7 +224,3 @@ _LOST = (
     "NCCL",
 )
 """In the messages of gloo and NCCL when another rank does not take part any more."""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

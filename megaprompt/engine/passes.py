@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megaprompt.backbone import Backbone
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 from megaprompt.engine.schedule import my_passes, padded
 from megaprompt.prompting.packing import PassSize, pack, split_into_passes
 from megaprompt.tasks.objective import Answers, Objective, Outputs

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 from megaprompt.prompting.packing import PassSize, split_into_passes
 from megaprompt.prompting.template import Query
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from megaprompt.backbone import Backbone
-from megaprompt.distributed.launch import World
 from megaprompt.distributed.loss_scale import NO_SCALING, LossScale
+from megaprompt.distributed.world import World
 from megaprompt.engine.learner import Learned, Learner, TrainingSet
 from megaprompt.engine.passes import Questions, Workplace, answers
 from megaprompt.engine.schedule import assign

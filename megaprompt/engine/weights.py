@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from megaprompt.backbone import Backbone
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 from megaprompt.distributed.zero3 import shard
 from megaprompt.engine.learner import new_optimizer
 from megaprompt.prompting.recipe import Recipe

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 from megaprompt.backbone import Backbone
-from megaprompt.distributed.launch import World
 from megaprompt.distributed.loss_scale import LossScale
+from megaprompt.distributed.world import World
 from megaprompt.engine.learner import Learned, Prompt
 from megaprompt.engine.passes import Workplace
 from megaprompt.engine.trainer import Hooks, Trainer

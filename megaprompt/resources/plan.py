@@ -15,11 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from megaprompt.config import PlanConfig
-from megaprompt.distributed.zero3 import DeepSpeedSettings, read_deepspeed_config
+from megaprompt.distributed.deepspeed_config import DeepSpeedSettings, read_deepspeed_config
 from megaprompt.errors import UsageError
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.template import Template, default_template
-from megaprompt.resources.predict import CATEGORIES, Job, Need, Place, Profile, Workload, predict, profile, shape_of
+from megaprompt.resources.bars import legend, stacked
+from megaprompt.resources.predict import CATEGORIES, Job, Need, Place, predict
+from megaprompt.resources.profile import Profile, Workload, profile, shape_of
 
 RUNTIME: dict[Place, float] = {"host": 0.35e9, "device": 0.0, "nvme": 0.0}
 """Bytes of a process that has imported everything and loaded nothing, without a GPU (measured)."""
@@ -27,17 +29,6 @@ GPU_RUNTIME: dict[Place, float] = {"host": 3e9, "device": 0.8e9, "nvme": 0.0}
 """The same with one: CUDA's and NCCL's context and libraries (an estimate)."""
 USABLE = 0.92
 """The share of a memory that a plan may fill: allocators leave gaps."""
-
-COLORS = {
-    "parameters": "#0072B2",
-    "gathered": "#56B4E9",
-    "gradients": "#E69F00",
-    "optimizer": "#D55E00",
-    "encoders": "#009E73",
-    "activations": "#F0E442",
-    "buffers": "#CC79A7",
-    "runtime": "#999999",
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,8 @@ def _configurations() -> list[Path]:
 
 
 @cache
-def _profile(backbone: str, dtype: torch.dtype, work: Workload) -> Profile:
+def profile_of(backbone: str, dtype: torch.dtype, work: Workload) -> Profile:
+    """The profile of a backbone by name; computed once."""
     return profile(shape_of(backbone), dtype, work)
 
 
@@ -106,7 +98,7 @@ def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
         dtype = torch.float32  # in half precision only ZeRO keeps float32 copies
     tokens = PassSize(config.row_tokens, config.pass_tokens)
     work = Workload.of(shape_of(config.backbone), config.method, config.relations, tokens)
-    run = _profile(config.backbone, dtype, work)
+    run = profile_of(config.backbone, dtype, work)
     per_node = max(1, config.gpus)
     ranks = config.nodes * per_node
     if ranks % config.relation_groups:
@@ -124,6 +116,21 @@ def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
         on_cpu=not config.gpus,
     )
     need = predict(run, job)
+    needed = _needed(config, need)
+    available: dict[Place, float] = {
+        "device": config.gpu_memory * 1e9 if config.gpus else 0.0,
+        "host": config.host_memory * 1e9 / per_node,
+        "nvme": float("inf"),
+    }
+    traffic = _traffic(run, job, need)
+    seconds = _seconds(config, run, traffic)
+    reasons = _reasons(needed, available)
+    name = str(deepspeed or "none")
+    return Plan(name, str(dtype).removeprefix("torch."), ranks, needed, available, traffic, seconds, reasons)
+
+
+def _needed(config: PlanConfig, need: Need) -> dict[Place, dict[str, float]]:
+    """What a rank needs in each place on these machines, with what every process takes."""
     needed: dict[Place, dict[str, float]] = {place: dict(getattr(need, place)) for place in ("device", "host", "nvme")}
     if not config.gpus:  # devices are the host
         needed["host"] = dict(Counter(needed["host"]) + Counter(needed["device"]))
@@ -131,13 +138,14 @@ def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
     for place, size in (GPU_RUNTIME if config.gpus else RUNTIME).items():
         if size:
             needed[place]["runtime"] = size
-    available: dict[Place, float] = {
-        "device": config.gpu_memory * 1e9 if config.gpus else 0.0,
-        "host": config.host_memory * 1e9 / per_node,
-        "nvme": float("inf"),
-    }
+    return needed
+
+
+def _reasons(needed: Mapping[Place, Mapping[str, float]], available: Mapping[Place, float]) -> list[str]:
+    """Why a rank does not fit; none if it does."""
     reasons = []
-    for place, what in (("device", "GPU"), ("host", "host")):
+    places: tuple[tuple[Place, str], ...] = (("device", "GPU"), ("host", "host"))
+    for place, what in places:
         total = sum(needed[place].values())
         if total > USABLE * available[place]:
             most = max(needed[place], key=lambda category: needed[place][category])
@@ -145,17 +153,18 @@ def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
                 f"{what} memory: {_gb(total)} GB of {_gb(available[place])} GB per rank, of which at most "
                 f"{USABLE:.0%} should be filled; {most} take {_gb(needed[place][most])} GB"
             )
-    traffic = _traffic(run, job, need)
+    return reasons
+
+
+def _seconds(config: PlanConfig, run: Profile, traffic: Mapping[str, float]) -> float:
+    """The time of a pass that is bound by the slowest of computing, network, PCIe and disk."""
     network = config.network or (12.5 if config.nodes > 1 else 50.0)
     tflops = config.tflops or (100.0 if config.gpus else 1.0)
-    seconds = max(
+    return max(
         run.flops / (tflops * 1e12),
         traffic["network"] / (network * 1e9),
         traffic["pcie"] / (config.pcie * 1e9) if config.gpus else 0.0,
-        traffic["disk"] * per_node / (config.disk * 1e9),
-    )
-    return Plan(
-        str(deepspeed or "none"), str(dtype).removeprefix("torch."), ranks, needed, available, traffic, seconds, reasons
+        traffic["disk"] * max(1, config.gpus) / (config.disk * 1e9),
     )
 
 
@@ -251,15 +260,6 @@ def as_json(config: PlanConfig, found: Sequence[Plan]) -> dict[str, Any]:
     return {"backbone": config.backbone, "method": config.method, "advice": advice(config, found), "plans": rows}
 
 
-def stacked(axes: Any, place: float, sizes: Mapping[str, float], height: float) -> None:
-    """A horizontal bar of GB by category."""
-    left = 0.0
-    for category, color in COLORS.items():
-        if size := sizes.get(category, 0.0) / 1e9:
-            axes.barh(place, size, height, left=left, color=color, edgecolor="white", linewidth=0.4)
-            left += size
-
-
 def chart(config: PlanConfig, found: Sequence[Plan]) -> Figure:
     """Stacked bars of GPU and host memory for each configuration, beside what there is."""
     places: list[Place] = ["device", "host"] if config.gpus else ["host"]
@@ -281,11 +281,3 @@ def chart(config: PlanConfig, found: Sequence[Plan]) -> Figure:
     legend(figure, {c for plan in found for place in places for c in plan.bytes[place]})
     figure.suptitle(f"{config.method} of {config.backbone} on {found[0].ranks} rank(s)", fontsize=10)
     return figure
-
-
-def legend(figure: Figure, used: set[str]) -> None:
-    """The colours of the categories, below the figure."""
-    from matplotlib.patches import Patch
-
-    handles = [Patch(color=color, label=category) for category, color in COLORS.items() if category in used]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)

@@ -10,7 +10,7 @@ import torch
 from megaprompt.backbone import Backbone, dtype_of, load_backbone
 from megaprompt.config import AskConfig, EvaluateConfig
 from megaprompt.console import progress
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 from megaprompt.engine.passes import Questions, Workplace, answers
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.packing import PassSize

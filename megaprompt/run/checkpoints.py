@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 from megaprompt.errors import MegapromptError
 from megaprompt.files import sync_directory, write_file
 

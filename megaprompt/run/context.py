@@ -13,8 +13,8 @@ import torch
 
 from megaprompt.backbone import Backbone
 from megaprompt.console import progress
-from megaprompt.distributed.launch import World
 from megaprompt.distributed.loss_scale import NO_SCALING, LossScale
+from megaprompt.distributed.world import World
 from megaprompt.engine.learner import Learned, Prompt
 from megaprompt.engine.passes import Questions, Workplace, answers
 from megaprompt.engine.trainer import Hooks, Interrupted, Trainer

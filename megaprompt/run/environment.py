@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megaprompt import __version__
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 
 
 def environment(world: World) -> dict[str, Any]:

@@ -16,8 +16,10 @@ import torch
 from megaprompt import __version__
 from megaprompt.backbone import Backbone, dtype_of, load_backbone
 from megaprompt.config import ProbeConfig
-from megaprompt.distributed.launch import World, joined_world
-from megaprompt.distributed.zero3 import DeepSpeedSettings, read_deepspeed_config, release
+from megaprompt.distributed.deepspeed_config import DeepSpeedSettings, read_deepspeed_config
+from megaprompt.distributed.launch import joined_world
+from megaprompt.distributed.world import World
+from megaprompt.distributed.zero3 import release
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.methods import Prompts, chosen_methods
 from megaprompt.methods.discrete import read_discrete_prompts

@@ -11,23 +11,24 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from megaprompt.backbone import inspect_backbone, read_config
+from megaprompt.backbone import dtype_of, inspect_backbone, read_config
 from megaprompt.backbone.packed import language_model
-from megaprompt.config import PlanConfig, ProbeConfig
+from megaprompt.config import Dtype, PlanConfig, ProbeConfig
+from megaprompt.distributed.deepspeed_config import read_deepspeed_config
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.prompt_encoder import PromptEncoder
 from megaprompt.prompting.recipe import RECIPES, chosen
 from megaprompt.prompting.template import Template, default_template
 from megaprompt.resources.plan import Plan, plan
-from megaprompt.resources.predict import Method, Place
+from megaprompt.resources.predict import Place
+from megaprompt.resources.profile import Method
 from megaprompt.run.directory import RunDirectory
 from megaprompt.tasks.lama.facts import load_data, read_vocabulary
 
@@ -44,47 +45,66 @@ def preflight(config: ProbeConfig) -> None:
         UsageError: an option cannot work.
         MegapromptError: something else is wrong.
     """
-    pseudo_tokens = hidden_size = relations = 0  # as far as the checks find out
+    checks = _Checks(config)
+    errors: list[MegapromptError] = []
+    for name in _Checks.ORDER:
+        if name == "memory" and errors:  # it would only say the same again
+            continue
+        try:
+            print(f"ok    {name:9} {getattr(checks, name)()}", flush=True)
+        except MegapromptError as error:
+            print(f"WRONG {name:9} {error}", flush=True)
+            errors.append(error)
+    if errors:
+        kind = UsageError if any(isinstance(error, UsageError) for error in errors) else MegapromptError
+        raise kind(f"{len(errors)} of {len(_Checks.ORDER)} checks failed; nothing was started. First: {errors[0]}")
 
-    def versions() -> str:
-        names = ("torch", "transformers", *(("deepspeed",) if config.deepspeed else ()))
+
+class _Checks:
+    """The checks, in order; each returns a line about what it has seen, and leaves to later ones what it found out."""
+
+    ORDER = ("versions", "options", "backbone", "data", "disk", "memory")
+
+    def __init__(self, config: ProbeConfig) -> None:
+        self.config = config
+        self.pseudo_tokens = self.hidden_size = self.relations = 0  # as far as they are known
+
+    def versions(self) -> str:
+        names = ("torch", "transformers", *(("deepspeed",) if self.config.deepspeed else ()))
         try:
             found = [f"{name} {importlib.import_module(name).__version__}" for name in names]
         except ImportError as error:
             raise MegapromptError(f"{error}; install the requirements") from error
         return ", ".join([f"python {sys.version.split()[0]}", *found, f"{torch.cuda.device_count()} GPU(s) here"])
 
-    def options() -> str:
-        nonlocal pseudo_tokens
+    def options(self) -> str:
+        config = self.config
         recipe = chosen(RECIPES[config.recipe], config.recipe_options())
         if config.template is not None:
-            pseudo_tokens = Template.parse(config.template).num_pseudo_tokens
+            self.pseudo_tokens = Template.parse(config.template).num_pseudo_tokens
         if config.deepspeed is not None:
-            from megaprompt.distributed.zero3 import read_deepspeed_config
-
             read_deepspeed_config(config.deepspeed)
         about = config.template or "the paper's template"
         return f"{about}, {config.recipe} recipe, batch of {recipe.batch_size}, {config.deepspeed or 'no ZeRO'}"
 
-    def backbone() -> str:
-        nonlocal hidden_size, pseudo_tokens
-        hidden_size, about = inspect_backbone(config.backbone)
-        if config.template is None:
-            causal = language_model(read_config(config.backbone)) is AutoModelForCausalLM
-            pseudo_tokens = Template.parse(default_template(causal)).num_pseudo_tokens
+    def backbone(self) -> str:
+        self.hidden_size, about = inspect_backbone(self.config.backbone)
+        if self.config.template is None:
+            causal = language_model(read_config(self.config.backbone)) is AutoModelForCausalLM
+            self.pseudo_tokens = Template.parse(default_template(causal)).num_pseudo_tokens
         return about
 
-    def data() -> str:
-        nonlocal relations
-        found = load_data(config.data)
-        chosen = found.select(config.relations)
-        relations = len(chosen)
-        if config.vocab not in ("auto", "none"):
-            read_vocabulary(Path(config.vocab))
+    def data(self) -> str:
+        found = load_data(self.config.data)
+        chosen = found.select(self.config.relations)
+        self.relations = len(chosen)
+        if self.config.vocab not in ("auto", "none"):
+            read_vocabulary(Path(self.config.vocab))
         counts = (f"{sum(len(r.facts[split]) for r in chosen)} {split}" for split in ("train", "dev", "test"))
-        return f"{found.name}, {relations} relation(s), {', '.join(counts)} facts"
+        return f"{found.name}, {self.relations} relation(s), {', '.join(counts)} facts"
 
-    def disk() -> str:
+    def disk(self) -> str:
+        config = self.config
         RunDirectory.open(config)
         where = config.out.absolute()
         while not where.exists():
@@ -94,48 +114,35 @@ def preflight(config: ProbeConfig) -> None:
                 file.write(b"megaprompt")
         except OSError as error:
             raise MegapromptError(f"--out {config.out}: cannot write into {where} ({error.strerror})") from error
-        with torch.device("meta"):
-            encoder = PromptEncoder(pseudo_tokens, hidden_size, config.encoder) if hidden_size else torch.nn.Module()
-        # Parameters and Adam's two averages, in single precision.
-        one = 3 * 4 * sum(p.numel() for p in encoder.parameters())
-        needed = _COPIES * relations * one if "p-tuning" in config.methods else 0
+        one = 0
+        if self.hidden_size:
+            with torch.device("meta"):
+                encoder = PromptEncoder(self.pseudo_tokens, self.hidden_size, config.encoder)
+            # Parameters and Adam's two averages, in single precision.
+            one = 3 * 4 * sum(p.numel() for p in encoder.parameters())
+        needed = _COPIES * self.relations * one if "p-tuning" in config.methods else 0
         free = shutil.disk_usage(where).free
         about = f"{config.out}: {free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.1f} GB"
         if free < needed:
             raise MegapromptError(f"--out {about}; free space, or choose another directory or fewer --relations")
         return about
 
-    def memory() -> str:
+    def memory(self) -> str:
         training: dict[str, Method] = {"p-tuning": "p-tuning", "fine-tuning": "fine-tuning"}
         training |= {"manual+fine-tuning": "fine-tuning", "autoprompt": "p-tuning"}  # whose search needs no more
         lines = []
-        for method in sorted({training[name] for name in config.methods if name in training}):
-            needed = _plan_here(config, method, max(1, relations))
-            needs = [f"{needed.total(place) / 1e9:.1f} GB of {what}" for place, what in _PLACES if needed.total(place)]
-            lines.append(f"{method}: a rank of {needed.ranks} needs {' and '.join(needs)} memory")
-            for place, what in _PLACES:
-                if not _is_login_node() and needed.total(place) > needed.available[place]:
-                    raise MegapromptError(
-                        f"{lines[-1]}, and there are {needed.available[place] / 1e9:.1f} GB of {what} memory for it; "
-                        f"`megaprompt plan` tells which configuration, nodes and GPUs suffice"
-                    )
+        for method in sorted({training[name] for name in self.config.methods if name in training}):
+            found = _plan_here(self.config, method, max(1, self.relations))
+            needs = [f"{found.total(place) / 1e9:.1f} GB of {what}" for place, what in _PLACES if found.total(place)]
+            lines.append(f"{method}: a rank of {found.ranks} needs {' and '.join(needs)} memory")
+            if not found.fits and not _is_login_node():
+                raise MegapromptError(
+                    f"{lines[-1]}; {found.reasons[0]}; `megaprompt plan` tells which configuration, nodes and GPUs "
+                    f"suffice"
+                )
         if not lines:
             return "nothing is trained"
         return "; ".join(lines) + (" (judged in the job, where the machines are known)" if _is_login_node() else "")
-
-    checks: tuple[Callable[[], str], ...] = (versions, options, backbone, data, disk, memory)
-    errors: list[MegapromptError] = []
-    for check in checks:
-        if check is memory and errors:  # it would only say the same again
-            continue
-        try:
-            print(f"ok    {check.__name__:9} {check()}", flush=True)
-        except MegapromptError as error:
-            print(f"WRONG {check.__name__:9} {error}", flush=True)
-            errors.append(error)
-    if errors:
-        kind = UsageError if any(isinstance(error, UsageError) for error in errors) else MegapromptError
-        raise kind(f"{len(errors)} of {len(checks)} checks failed; nothing was started. First: {errors[0]}")
 
 
 def _is_login_node() -> bool:
@@ -149,10 +156,10 @@ def _plan_here(config: ProbeConfig, method: Method, relations: int) -> Plan:
     per_node = -(-ranks // nodes)
     given = int(os.environ.get("SLURM_MEM_PER_NODE") or 0) << 20
     host = (given or psutil.virtual_memory().available) / 1e9
-    gpus = torch.cuda.is_available()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machines: dict[str, Any] = (
         {"nodes": nodes, "gpus": per_node, "gpu_memory": torch.cuda.mem_get_info()[0] / 1e9, "host_memory": host}
-        if gpus
+        if device.type == "cuda"
         else {"nodes": ranks, "gpus": 0, "host_memory": host / per_node}  # each rank as a node with its share
     )
     return plan(
@@ -160,7 +167,7 @@ def _plan_here(config: ProbeConfig, method: Method, relations: int) -> Plan:
             config.backbone,
             method=method,
             deepspeed=config.deepspeed,
-            dtype=config.dtype,
+            dtype=config.dtype or cast(Dtype, str(dtype_of(None, device)).removeprefix("torch.")),
             relations=relations,
             relation_groups=config.relation_groups,
             template=config.template,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megaprompt.console import Update, progress
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 from megaprompt.engine.learner import Learned
 from megaprompt.engine.trainer import Hooks, Trainer
 from megaprompt.run.checkpoints import load_checkpoint, save_checkpoint

@@ -31,7 +31,7 @@ from megaprompt.config import ProbeConfig
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.packing import PassSize, pack, split_into_passes
 from megaprompt.prompting.template import Query, Template, TextEncoder, default_template
-from megaprompt.resources.predict import Workload, profile, shape_of
+from megaprompt.resources.profile import Workload, profile, shape_of
 from megaprompt.run.job import probe
 from megaprompt.tasks.lama.facts import SPLITS, load_data
 from tests.conftest import PAIRS, TEMPLATES, plain_logits, run_cli

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,28 @@ def test_interrupted_conversion_goes_on(checkpoint, tmp_path, monkeypatch):
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
     assert not (tmp_path / "out" / "conversion.json").exists()
+
+
+def test_an_interruption_leaves_no_joined_tensor_behind(checkpoint, tmp_path, monkeypatch):
+    source, _ = checkpoint(4)
+    convert(source, tmp_path / "whole")
+    unlink = Path.unlink
+
+    def interrupted(path, *rest, **more):
+        if path.name == "joined-1.bin":
+            raise KeyboardInterrupt
+        unlink(path, *rest, **more)
+
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out")
+    monkeypatch.undo()
+    assert (tmp_path / ".out.partial" / "joined-1.bin").exists()
+    convert(source, tmp_path / "out")
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "out")]
+    assert names[0] == names[1]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert weights[0] == weights[1]
 
 
 class Bomb:

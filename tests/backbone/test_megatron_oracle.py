@@ -170,7 +170,7 @@ print("grown", (peak() - before) / part)
 @pytest.mark.parametrize("zip_file", [True, False], ids=["zip", "legacy"])
 def test_conversion_needs_the_memory_of_one_part(tmp_path, zip_file, monkeypatch):
     """Peak resident memory above what imports and a small conversion take, for 4 parts of 100 MB."""
-    from tests import megatron_parts
+    from tests.backbone import megatron_parts
 
     small = write_checkpoint(write_dictionaries(tmp_path / "small"), random_model(96), 2)
     monkeypatch.setattr(megatron_parts, "WIDTH", 1024)

@@ -86,30 +86,24 @@ def test_same_prompts_on_any_number_of_ranks_and_groups(alone, tmp_path, ranks, 
     assert all(bool(rank.get("gradients")) == (groups < ranks) for rank in sent)  # none where nobody shares relations
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_nvme_offload_gives_the_same_prompts(alone, tmp_path, ranks):
+def test_nvme_offload_gives_the_same_prompts(alone, tmp_path):
+    """Most of its time is the build of the operator, once on a machine."""
     options, expected = alone
     config = json.loads((CONFIGS / "zero3_nvme_offload.json").read_text())
     config["zero_optimization"]["offload_param"] |= {"nvme_path": str(tmp_path / "nvme"), "buffer_size": 800_000}
     (tmp_path / "nvme.json").write_text(json.dumps(config))
-    launcher = torchrun(ranks) if ranks > 1 else (sys.executable,)
     options = (*options, "--deepspeed", tmp_path / "nvme.json", "--out", tmp_path / "run")
-    finished = run_cli("probe", *options, launcher=launcher, timeout=900)  # the operator may have to be built
+    finished = run_cli("probe", *options, launcher=torchrun(2), timeout=900)
     if "libaio" in finished.stderr:
         pytest.skip("libaio with its headers is not installed")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert_same_run(expected, tmp_path / "run")
-
-    config["zero_optimization"]["offload_param"] |= {"buffer_size": 1000}
-    (tmp_path / "nvme.json").write_text(json.dumps(config))
-    if ranks == 1:
-        finished = run_cli("probe", *options[:-1], tmp_path / "small", launcher=launcher)
-        assert finished.returncode == 2
-        assert "set offload_param.buffer_size to at least" in finished.stderr
+    assert any((tmp_path / "nvme").rglob("*.swp")), "nothing was offloaded"
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_learns_about_the_same(alone, tmp_path, precision):
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.01), ("fp16", 0.001)])
+def test_half_precision_learns_about_the_same(alone, tmp_path, precision, tolerance):
+    """Losses of all epochs, within a few roundings of those in float32: measured are 0.0025 and 0.0003."""
     options, expected = alone
     options = (*options, "--deepspeed", CONFIGS / f"zero3_{precision}.json", "--out", tmp_path / "half")
     finished = run_cli("probe", *options)
@@ -120,8 +114,8 @@ def test_half_precision_learns_about_the_same(alone, tmp_path, precision):
     for one, other in zip(*lines, strict=True):
         assert one["relation"] == other["relation"]
         assert other["skipped_steps"] <= 4
-        if one["epoch"] == 1:
-            assert abs(one["train_loss"] - other["train_loss"]) < 0.1 * one["train_loss"]
+        assert other["train_loss"] == pytest.approx(one["train_loss"], rel=tolerance)
+        assert other["train_loss"] != one["train_loss"]  # it was computed in another precision
 
 
 def test_resuming_on_another_number_of_ranks(alone, tmp_path):
@@ -160,7 +154,8 @@ import sys, torch, deepspeed
 from pathlib import Path
 from megaprompt.backbone import load_backbone
 from megaprompt.distributed.launch import joined_world
-from megaprompt.distributed.zero3 import read_deepspeed_config, whole
+from megaprompt.distributed.deepspeed_config import read_deepspeed_config
+from megaprompt.distributed.zero3 import whole
 from megaprompt.engine.trainer import Hooks
 from megaprompt.prompting.recipe import Recipe
 from tests.engine.test_trainer import trainer_for
@@ -188,7 +183,7 @@ import os, resource, sys, torch
 from pathlib import Path
 from megaprompt.backbone import load_backbone
 from megaprompt.distributed.launch import joined_world
-from megaprompt.distributed.zero3 import read_deepspeed_config
+from megaprompt.distributed.deepspeed_config import read_deepspeed_config
 from megaprompt.prompting.packing import pack
 from megaprompt.prompting.template import Query
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 from megaprompt.engine.passes import Questions, Workplace, answers, joint_answers
 from megaprompt.prompting.packing import PassSize, pack
 from megaprompt.prompting.template import Template

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from megaprompt.distributed.launch import World
 from megaprompt.distributed.loss_scale import LossScale
+from megaprompt.distributed.world import World
 from megaprompt.engine import step as step_module
 from megaprompt.engine.learner import TrainingSet
 from megaprompt.engine.schedule import assign

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from megaprompt.config import ProbeConfig
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 from megaprompt.engine.learner import TrainingSet
 from megaprompt.engine.passes import Questions, Workplace
 from megaprompt.engine.trainer import Hooks, Interrupted

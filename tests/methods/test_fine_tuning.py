@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from megaprompt.distributed.launch import World
+from megaprompt.distributed.world import World
 from megaprompt.engine.learner import TrainingSet
 from megaprompt.engine.trainer import Hooks, Interrupted, Trainer
 from megaprompt.engine.weights import Weights

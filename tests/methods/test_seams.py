@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from megaprompt.config import ProbeConfig
-from megaprompt.distributed.launch import World
 from megaprompt.distributed.loss_scale import NO_SCALING
+from megaprompt.distributed.world import World
 from megaprompt.engine.passes import Questions, Workplace, answers, backward_passes
 from megaprompt.errors import UsageError
 from megaprompt.methods import chosen_methods

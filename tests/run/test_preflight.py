@@ -1,12 +1,16 @@
 """`megaprompt probe --check`: what it finds before anything is loaded."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megaprompt.cli import main
+from megaprompt.config import PlanConfig
+from megaprompt.resources.plan import USABLE, plan
 from tests.conftest import write_facts
 
 
@@ -101,3 +105,17 @@ def test_checkpoints_must_fit_on_the_disk(check, monkeypatch, data_directory):
     assert "free space" in printed
     write_facts(data_directory / "trex" / "train" / "P17.jsonl", [("Oslo", "Norway")])
     assert with_free(needed)[0] == 1  # one more relation
+
+
+def test_a_memory_that_a_plan_would_call_too_small_is_refused(check, monkeypatch, backbone_directory):
+    """One rule for both: a memory that would be filled to the brim is too small for the check as well."""
+    needed = plan(PlanConfig(str(backbone_directory), gpus=0, relations=2), None).total("host")
+
+    def with_memory(size: float) -> tuple[int, str]:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=size))
+        return check()
+
+    assert with_memory(1.01 * needed / USABLE)[0] == 0
+    code, printed = with_memory(1.05 * needed)
+    assert code == 1
+    assert re.search(r"WRONG memory .* at most 92% should be filled; runtime take.* `megaprompt plan` tells", printed)

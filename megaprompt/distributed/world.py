@@ -1,0 +1,86 @@
+"""The processes of a run, and the few things that they tell each other."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaprompt.errors import UsageError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, or some of them. Alone by default."""
+
+    rank: int = 0  # among these processes
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None  # None: all processes
+    sent: Counter[str] = field(default_factory=Counter)  # bytes that this process handed over, by what they are
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def split(self, groups: int) -> World:
+        """The part of this world that this process is in, after dividing it into groups of neighbours.
+
+        Raises:
+            UsageError: the size is no multiple of the number of groups.
+        """
+        if self.size % groups:
+            raise UsageError(f"--relation-groups {groups}: does not divide the {self.size} ranks; give a divisor")
+        if groups == 1:
+            return self
+        size = self.size // groups
+        members = [list(range(start, start + size)) for start in range(0, self.size, size)]
+        made = [dist.new_group(ranks) for ranks in members]  # collective: every rank makes every group
+        return World(self.rank % size, size, self.device, made[self.rank // size], self.sent)
+
+    def sum_(self, tensor: Tensor, what: str = "other") -> Tensor:
+        """Replace `tensor` by its sum over the ranks; all must call it. `what` is for the account of bytes sent."""
+        return self._reduce(tensor, dist.ReduceOp.SUM, what)
+
+    def max_(self, tensor: Tensor, what: str = "other") -> Tensor:
+        """Replace `tensor` by its elementwise maximum over the ranks; all must call it."""
+        return self._reduce(tensor, dist.ReduceOp.MAX, what)
+
+    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType, what: str) -> Tensor:
+        if self.size > 1:
+            moved = tensor.to(self.device)
+            dist.all_reduce(moved, operation, group=self.group)
+            if moved is not tensor:
+                tensor.copy_(moved)
+            self.sent[what] += tensor.nbytes
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Any picklable value from every rank, in rank order; all must call it."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier(self.group)
+
+
+def ranks_on_this_machine() -> int:
+    """How many ranks of the process group run here; all must call it.
+
+    They ask each other, since not every launcher tells: srun sets no LOCAL_WORLD_SIZE.
+    """
+    here = socket.gethostname()
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, here)
+    return names.count(here)
