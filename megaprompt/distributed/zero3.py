@@ -14,12 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from megaprompt.distributed.deepspeed_config import (  # for those who know them from here
-    DeepSpeedSettings as DeepSpeedSettings,
-)
-from megaprompt.distributed.deepspeed_config import (
-    read_deepspeed_config as read_deepspeed_config,
-)
 from megaprompt.distributed.operators import prefer_cpu_without_gpu
 
 

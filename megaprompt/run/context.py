@@ -88,7 +88,9 @@ class RunContext:
 
     @contextmanager
     def trainable_backbone(self) -> Iterator[tuple[Backbone, dict[str, Any] | None]]:
-        self.frozen = None
+        if self.frozen is not None:
+            self.release(self.frozen)
+            self.frozen = None
         gc.collect()  # before the next one is loaded
         backbone, deepspeed = self.load(True)
         try:
@@ -160,15 +162,7 @@ class RunContext:
     # ------------------------------------------------------------------------------------------------------- training
 
     def train(self, method: str, trainer: Trainer) -> dict[str, Learned]:
-        return train_resumably(
-            method,
-            trainer,
-            run=self.run,
-            world=self.world,
-            status=self.status,
-            results=self.results,
-            resume=self.resume,
-        )
+        return train_resumably(method, trainer, self.run, self.world, self.status, self.results, self.resume)
 
     def train_one(
         self, method: str, task: Task, should_stop: ShouldStop, unit: str = "examples"
@@ -181,13 +175,8 @@ class RunContext:
 
     def save_prompt(self, task: Task, template: Template, learned: Learned) -> None:
         if self.world.is_main:
-            about: dict[str, Any] = {
-                "backbone": self.backbone.name,
-                "fingerprint": self.backbone.fingerprint,
-                "data": self.data_name,
-            }
-            about |= {"relation": task.name, "template": template.text, "label": task.label}
-            prompt = SavedPrompt(vectors=learned.kept.vectors, head=learned.kept.head, dev=learned.dev, **about)
+            about = {"relation": task.name, "template": template.text, "label": task.label, "data": self.data_name}
+            prompt = SavedPrompt.of(self.backbone, learned.kept, learned.dev, about)
             prompt.save(self.run.path / "prompts" / f"{task.name}.safetensors")
 
     def save_templates(self, name: str, templates: Mapping[str, str]) -> None:

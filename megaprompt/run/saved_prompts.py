@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from megaprompt.backbone import Backbone
+from megaprompt.engine.learner import Prompt
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.files import write_file
 
@@ -31,6 +33,12 @@ class SavedPrompt:
     path: Path = Path()
 
     _TEXT = ("relation", "template", "backbone", "fingerprint", "data", "label")
+
+    @classmethod
+    def of(cls, backbone: Backbone, kept: Prompt, dev: Mapping[str, float], about: Mapping[str, str]) -> SavedPrompt:
+        """What was learned on a backbone, with its metrics on dev; `about` has the relation, template, label, data."""
+        names = {"backbone": backbone.name, "fingerprint": backbone.fingerprint, **about}
+        return cls(vectors=kept.vectors, head=kept.head, dev=dev, **names)  # type: ignore[arg-type]
 
     def save(self, path: Path) -> None:
         """Write the file, and read it back: a prompt that is empty or not finite is not worth having.

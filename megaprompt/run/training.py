@@ -23,7 +23,6 @@ _CHECKPOINT_SECONDS = 60.0  # between checkpoints, and at least 20 times as long
 def train_resumably(
     method: str,
     trainer: Trainer,
-    *,
     run: RunDirectory,
     world: World,
     status: ProgressFile,

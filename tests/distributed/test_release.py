@@ -30,7 +30,7 @@ def step():
     backbone = load_backbone(
         directory, deepspeed=settings.for_training(torch.float32), trainable=trained == "trained"
     )
-    batch = pack([Query((1, 2, 3), 2), Query((1, 2, 4), 2)], 64)
+    batch = pack([Query((1, 2, 3), (2,)), Query((1, 2, 4), (2,))], 64)
     if trained == "trained":
         engine = shard(backbone, settings.for_training(torch.float32), torch.optim.Adam(backbone.parameters(), 1e-3))
         engine.backward(backbone(batch).logsumexp(1).sum(), scale_wrt_gas=False)
