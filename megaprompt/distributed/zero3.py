@@ -24,6 +24,7 @@ import psutil
 import torch
 from torch import nn
 
+from megaprompt.config import find_configuration
 from megaprompt.distributed.loss_scale import LossScale
 from megaprompt.errors import MegapromptError, UsageError
 
@@ -78,6 +79,7 @@ def read_deepspeed_config(path: Path) -> DeepSpeedSettings:
             use for a frozen backbone.
     """
     option = f"--deepspeed {path}"
+    path = find_configuration(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
