@@ -10,11 +10,18 @@ setup(
     description="P-tuning and knowledge probing of frozen language models, from a laptop to many nodes",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["megaprompt", "megaprompt.*"]),
-    package_data={"megaprompt": ["py.typed"], "megaprompt.report": ["*.jinja"]},
+    # ds_configs/ stands at the top of the repository; in a wheel it is a folder of the package.
+    packages=[*find_packages(include=["megaprompt", "megaprompt.*"]), "megaprompt.ds_configs"],
+    package_dir={"megaprompt.ds_configs": "ds_configs"},
+    package_data={
+        "megaprompt": ["py.typed"],
+        "megaprompt.ds_configs": ["*.json", "README.md"],
+        "megaprompt.report": ["*.jinja"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.0",
+        "cyclopts>=5.5",
         "datasets>=4.0",
         "torch>=2.6",
         "transformers>=5.0",
@@ -35,7 +42,6 @@ setup(
         "safetensors>=0.4.3",
         "tabulate>=0.9",
         "tensorboard>=2.16",
-        "tyro>=1.0",
     ],
     extras_require={
         "bench": ["peft>=0.19"],

@@ -1,4 +1,7 @@
-"""The command line: `megaprompt COMMAND --help` tells the options. Every command is one Python call elsewhere."""
+"""The command line: `megaprompt COMMAND --help` tells the options. Every command is one Python call elsewhere.
+
+What a command needs is imported when it runs, so that help and mistakes come at once.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,39 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 
 import megaprompt
-from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.config import (
+    AskConfig,
+    ConvertConfig,
+    CountConfig,
+    EvaluateConfig,
+    FetchConfig,
+    MemoryConfig,
+    PlanConfig,
+    ProbeConfig,
+    ReportConfig,
+    StatusConfig,
+    VocabularyConfig,
+    from_yaml,
+)
+from megaprompt.config.options import READING, read_yaml
+from megaprompt.errors import MegapromptError
 
-_COMMANDS = {
-    "probe": "score manual prompts, learn prompts and score them, on a frozen language model",
-    "evaluate": "score saved prompts",
-    "ask": "ask the model about one subject with a saved prompt",
-    "report": "make the report of a run again, or join several runs into one table",
-    "status": "tell how far a run is",
-    "plan": "tell what a run will need in memory, and whether it fits, before anything is loaded",
-    "memory": "measure what training needs in memory, beside what is predicted",
-    "data": "fetch published facts, make a vocabulary that several models share, count facts",
-    "convert": "convert a fairseq checkpoint such as Megatron 11B, or convert it back",
-}
+app = App(
+    name="megaprompt",
+    help="P-tuning and knowledge probing of frozen language models. `megaprompt COMMAND --help` tells a command's "
+    "options; --debug shows tracebacks.",
+    version=f"megaprompt {megaprompt.__version__}",
+    **READING,
+)
+data = App(name="data", help="Fetch published facts, make a vocabulary that several models share, count facts.")
+app.command(data)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -34,68 +53,67 @@ def main(args: Sequence[str] | None = None) -> int:
     args = [arg for arg in args if arg != "--debug" and not arg.startswith("--local_rank=")]
     _quiet(debug)
     try:
-        return _run(args)
-    except MegapromptError as error:
+        app(args)
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        print(f"megaprompt: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        how = "the same command goes on" if args[:1] == ["data"] else "continue with --resume"
-        print(f"megaprompt: interrupted; {how}", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if debug:
-            raise
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        print(f"megaprompt: {what} (unexpected; --debug shows where)", file=sys.stderr)
-        return 1
-
-
-def _run(args: list[str]) -> int:
-    command = args[0] if args else "--help"
-    if command in ("-h", "--help"):
-        print("usage: megaprompt COMMAND [options]\n")
-        print("\n".join(f"  {name:10} {about}" for name, about in _COMMANDS.items()))
-        print("\nmegaprompt COMMAND --help tells a command's options; --debug shows tracebacks.")
-        return 0
-    if command == "--version":
-        print(f"megaprompt {megaprompt.__version__}")
-        return 0
-    if command not in _COMMANDS:
-        raise UsageError(f"{command}: no such command; choose from {', '.join(_COMMANDS)}")
-    # The heavy imports come after the cheap errors.
-    handlers: dict[str, Callable[[list[str]], None]] = {
-        "probe": _probe,
-        "evaluate": _evaluate,
-        "ask": _ask,
-        "report": _report,
-        "status": _status,
-        "plan": _plan,
-        "memory": _memory,
-        "data": _data,
-        "convert": _convert,
-    }
-    handlers[command](args[1:])
+        code, message = _explain(error, args)
+        print(f"megaprompt: {message}", file=sys.stderr)
+        return code
     return 0
 
 
-def _probe(args: list[str]) -> None:
-    from megaprompt.config import ProbeConfig, from_yaml, parse
-    from megaprompt.distributed.launch import joined_world
-    from megaprompt.report.tables import summary_table
-    from megaprompt.run.job import probe
+def _explain(error: BaseException, args: Sequence[str]) -> tuple[int, str]:
+    """The exit code, and the line for the user."""
+    text = " ".join(str(error).split())
+    match error:
+        case MegapromptError():
+            return error.exit_code, str(error)
+        case CycloptsError():
+            return 2, text
+        case KeyboardInterrupt():
+            return (
+                130,
+                f"interrupted; {'the same command goes on' if args[:1] == ['data'] else 'continue with --resume'}",
+            )
+        case ImportError():
+            return 1, f"{text}; install the requirements"
+        case _:
+            return 1, f"{type(error).__name__}: {text} (unexpected; --debug shows where)"
 
-    default, args = _config_option(args)
-    config = parse(ProbeConfig, args, "megaprompt probe", from_yaml(ProbeConfig, default) if default else None)
-    if config.resume and default is None and (saved := config.out / "config.yaml").exists():
-        config = parse(ProbeConfig, args, "megaprompt probe", from_yaml(ProbeConfig, saved))
+
+def _options_from_file(command: App, _: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Take options that are not given from the file of --config, or else from the run that is resumed."""
+    file, resume, out = (arguments[f"--{name}"] for name in ("config", "resume", "out"))
+    if file.tokens:
+        path = Path(file.tokens[-1].value)
+    else:
+        path = Path(out.tokens[-1].value if out.tokens else ProbeConfig.out) / "config.yaml"
+        if not (resume.tokens and path.exists()):
+            return
+    from_yaml(ProbeConfig, path)  # tells mistakes of the file with its name
+    read_yaml(path)(command, (), arguments)  # () since options stand at the top of the file
+
+
+@app.command(config=_options_from_file)
+def probe(
+    config: ProbeConfig = ProbeConfig(),  # noqa: B008 (frozen)
+    *,
+    file: Annotated[Path | None, Parameter(name="--config", show_default=False)] = None,
+) -> None:
+    """Score manual prompts, learn prompts and score them, on a frozen language model.
+
+    Args:
+        file: YAML file of options, such as the config.yaml of a run; options that are given here win.
+    """
     if config.check:
         from megaprompt.run.preflight import preflight
 
         return preflight(config)
+    from megaprompt.distributed.launch import joined_world
+    from megaprompt.report.tables import summary_table
+    from megaprompt.run.job import probe
+
     with joined_world(force=config.deepspeed is not None) as world:
         results = probe(config, world)
     if world.is_main:
@@ -103,24 +121,14 @@ def _probe(args: list[str]) -> None:
         print(f"results  {config.out / 'results.json'}\nreport   {config.out / 'report.html'}")
 
 
-def _config_option(args: list[str]) -> tuple[Path | None, list[str]]:
-    """Take `--config FILE` out of the arguments: its options are defaults for the others."""
-    for i, arg in enumerate(args):
-        if arg == "--config" and i + 1 < len(args):
-            return Path(args[i + 1]), args[:i] + args[i + 2 :]
-        if arg.startswith("--config="):
-            return Path(arg.removeprefix("--config=")), args[:i] + args[i + 1 :]
-    return None, args
-
-
-def _evaluate(args: list[str]) -> None:
+@app.command
+def evaluate(config: EvaluateConfig) -> None:
+    """Score saved prompts on facts."""
     from rich.table import Table
 
-    from megaprompt.config import EvaluateConfig, parse
     from megaprompt.files import write_file
     from megaprompt.run.ask import evaluate
 
-    config = parse(EvaluateConfig, args, "megaprompt evaluate")
     scores = evaluate(config)
     if config.out is not None:
         write_file(config.out, json.dumps(scores, indent=1, ensure_ascii=False).encode() + b"\n")
@@ -135,21 +143,22 @@ def _evaluate(args: list[str]) -> None:
     _print(table)
 
 
-def _percents(row: dict) -> list[str]:
+def _percents(row: dict[str, Any]) -> list[str]:
     return [f"{100 * row['p_at_1']:.1f}", f"{100 * row['p_at_10']:.1f}", f"{row['mrr']:.3f}"]
 
 
-def _ask(args: list[str]) -> None:
-    from megaprompt.config import AskConfig, parse
+@app.command
+def ask(config: AskConfig) -> None:
+    """Ask the model about one subject with a saved prompt."""
     from megaprompt.run.ask import ask
 
-    config = parse(AskConfig, args, "megaprompt ask")
     for answer, probability in ask(config):
         print(f"{100 * probability:5.1f} %  {answer}")
 
 
-def _report(args: list[str]) -> None:
-    from megaprompt.config import ReportConfig, parse
+@app.command
+def report(config: ReportConfig) -> None:
+    """Make the report of a run again, finished or not, or join several runs on the same data into one table."""
     from megaprompt.report.html import write_joint_report, write_report
     from megaprompt.report.runs import read_run
     from megaprompt.report.table2 import join
@@ -157,7 +166,6 @@ def _report(args: list[str]) -> None:
     from megaprompt.report.tables import summary_table
     from megaprompt.run.merge import merge_runs
 
-    config = parse(ReportConfig, args, "megaprompt report")
     for run in config.runs:
         if parts := sorted(path.parent for path in run.glob("*/results.json")):
             merged = merge_runs(parts, run)
@@ -171,33 +179,19 @@ def _report(args: list[str]) -> None:
     print(write_joint_report(table, config.out or Path("runs/report")))
 
 
-def _status(args: list[str]) -> None:
-    from megaprompt.config import StatusConfig, parse
+@app.command
+def status(config: StatusConfig) -> None:
+    """Tell how far a run is, from its progress.json."""
     from megaprompt.run.progress import describe_progress, read_progress
 
-    print(describe_progress(read_progress(parse(StatusConfig, args, "megaprompt status").run)))
+    print(describe_progress(read_progress(config.run)))
 
 
-def _convert(args: list[str]) -> None:
-    from megaprompt.backbone.fairseq_bridge import convert, convert_back
-    from megaprompt.config import ConvertConfig, parse
-
-    config = parse(ConvertConfig, args, "megaprompt convert")
-    if config.to_fairseq:
-        convert_back(config.source, config.out, config.parts)
-        print(f"{config.out} has {config.parts} part(s) of a fairseq checkpoint")
-        return
-    convert(config.source, config.out, dtype=config.dtype, tokenizer=not config.no_tokenizer)
-    if config.no_tokenizer:
-        print(f"{config.out} has no tokenizer: texts cannot be encoded until one is saved there")
-    print(f"megaprompt probe --backbone {config.out} ...")
-
-
-def _plan(args: list[str]) -> None:
-    from megaprompt.config import PlanConfig, parse
+@app.command
+def plan(config: PlanConfig) -> None:
+    """Tell what a run will need in memory, and whether it fits, before anything is loaded."""
     from megaprompt.resources.plan import advice, as_json, chart, plans, tables
 
-    config = parse(PlanConfig, args, "megaprompt plan")
     found = plans(config)
     if config.chart is not None:
         chart(config, found).savefig(config.chart, dpi=150)
@@ -209,38 +203,35 @@ def _plan(args: list[str]) -> None:
     print(advice(config, found))
 
 
-def _memory(args: list[str]) -> None:
-    from megaprompt.config import MemoryConfig, parse
+@app.command
+def memory(config: MemoryConfig = MemoryConfig()) -> None:  # noqa: B008 (frozen)
+    """Measure what training needs in memory, beside what is predicted, with random weights at their true shapes."""
     from megaprompt.resources.measure import measure_all, table
 
-    config = parse(MemoryConfig, args, "megaprompt memory")
     _print(table(measure_all(config)))
     print(f"results  {config.out / 'memory.json'}\nchart    {config.out / 'memory.png'}")
 
 
-_DATA_COMMANDS = {
-    "fetch": "download LAMA, AutoPrompt's or P-tuning's facts",
-    "vocabulary": "write the words that are one token for every one of several models",
-    "count": "count the facts that a vocabulary leaves to a model",
-}
+@app.command
+def convert(config: ConvertConfig) -> None:
+    """Convert a fairseq checkpoint, such as Megatron 11B, into a directory for --backbone, or back."""
+    from megaprompt.backbone.fairseq_bridge import convert, convert_back
 
-
-def _data(args: list[str]) -> None:
-    command = args[0] if args else "--help"
-    if command in ("-h", "--help"):
-        print("usage: megaprompt data COMMAND [options]\n")
-        print("\n".join(f"  {name:10} {about}" for name, about in _DATA_COMMANDS.items()))
+    if config.to_fairseq:
+        convert_back(config.source, config.out, config.parts)
+        print(f"{config.out} has {config.parts} part(s) of a fairseq checkpoint")
         return
-    if command not in _DATA_COMMANDS:
-        raise UsageError(f"data {command}: no such command; choose from {', '.join(_DATA_COMMANDS)}")
-    {"fetch": _data_fetch, "vocabulary": _data_vocabulary, "count": _data_count}[command](args[1:])
+    convert(config.source, config.out, dtype=config.dtype, tokenizer=not config.no_tokenizer)
+    if config.no_tokenizer:
+        print(f"{config.out} has no tokenizer: texts cannot be encoded until one is saved there")
+    print(f"megaprompt probe --backbone {config.out} ...")
 
 
-def _data_fetch(args: list[str]) -> None:
-    from megaprompt.config import FetchConfig, parse
+@data.command
+def fetch(config: FetchConfig) -> None:
+    """Download published facts into a directory for --data. Called again, it goes on where it stopped."""
     from megaprompt.tasks.fetch import SOURCES, fetch, fetch_from_hub
 
-    config = parse(FetchConfig, args, "megaprompt data fetch")
     source = SOURCES[config.source]
     out = config.out or Path("data") / config.source
     if config.url is not None:
@@ -255,30 +246,30 @@ def _data_fetch(args: list[str]) -> None:
     print(f"megaprompt probe --data {out}{vocab}{methods} ...")
 
 
-def _data_vocabulary(args: list[str]) -> None:
+@data.command
+def vocabulary(config: VocabularyConfig) -> None:
+    """Write the words that are one token for every one of several models: a file for --vocab."""
     from megaprompt.backbone import load_tokenizer
-    from megaprompt.config import VocabularyConfig, parse
     from megaprompt.files import write_file
     from megaprompt.tasks.lama.facts import read_vocabulary
     from megaprompt.tasks.lama.vocabulary import common_words
 
-    config = parse(VocabularyConfig, args, "megaprompt data vocabulary")
     candidates = None if config.words is None else read_vocabulary(config.words)
     words = common_words([load_tokenizer(name) for name in config.backbones], candidates)
     write_file(config.out, "".join(f"{word}\n" for word in words).encode())
     print(f"{config.out} has {len(words)} words that are one token of {', '.join(config.backbones)}")
 
 
-def _data_count(args: list[str]) -> None:
+@data.command
+def count(config: CountConfig = CountConfig()) -> None:  # noqa: B008 (frozen)
+    """Count the facts whose object is one token of a model and in a vocabulary, by relation and split."""
     from megaprompt.backbone import load_tokenizer
-    from megaprompt.config import CountConfig, parse
     from megaprompt.tasks.lama.facts import load_data
     from megaprompt.tasks.lama.vocabulary import beside_lama, count_facts, count_table
 
-    config = parse(CountConfig, args, "megaprompt data count")
-    data = load_data(config.data)
-    counts = count_facts(data, config.vocab, load_tokenizer(config.backbone))
-    _print(count_table(counts, f"facts of {data.name} for {config.backbone}, --vocab {config.vocab}"))
+    facts = load_data(config.data)
+    counts = count_facts(facts, config.vocab, load_tokenizer(config.backbone))
+    _print(count_table(counts, f"facts of {facts.name} for {config.backbone}, --vocab {config.vocab}"))
     if published := beside_lama(counts):
         print(published)
 
@@ -304,13 +295,6 @@ def _quiet(debug: bool) -> None:
         warnings.filterwarnings("ignore")
         for name in ("deepspeed", "DeepSpeed", "transformers", "httpx", "torch", "huggingface_hub"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        import torch
-
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    except ImportError as error:
-        raise MegapromptError(f"torch cannot be imported ({error}); install the requirements") from error
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import time
 
 import pytest
 import torch
-import yaml
 
-from megaprompt.config import ProbeConfig, from_yaml, parse, to_yaml
+import megaprompt
+from megaprompt.config import ProbeConfig, from_yaml
 from megaprompt.distributed.world import World
 from megaprompt.errors import UsageError
 from megaprompt.run.checkpoints import load_checkpoint
@@ -129,7 +129,11 @@ BAD_OPTIONS = {
     "no pseudo tokens": (["--template", "[X] is [Y]"], 1, "no pseudo tokens"),
     "unknown method": (["--methods", "magic"], 2, "--methods magic: unknown"),
     "unknown option": (["--no-such-option", "1"], 2, "--no-such-option"),
-    "wrong type": (["--max-epochs", "many"], 2, "--max-epochs"),
+    "wrong type": (["--max-epochs", "many"], 2, "--max-epochs: many is not a whole number"),
+    "half an epoch": (["--max-epochs", "1.5"], 2, "--max-epochs: 1.5 is not a whole number"),
+    "wrong choice": (["--encoder", "gru"], 2, 'Invalid value "gru" for --encoder. Choose from: "lstm", "mlp", "none".'),
+    "no value": (["--relations"], 2, "--relations requires an argument"),
+    "too many arguments": (["P36"], 2, "P36"),
     "negative": (["--learning-rate", "-1"], 2, "--learning-rate -1"),
     "zero": (["--limit-facts", "0"], 2, "--limit-facts 0"),
     "missing vocabulary": (["--vocab", "nowhere.txt"], 2, "--vocab nowhere.txt: cannot be read"),
@@ -292,17 +296,6 @@ def test_a_prompt_that_is_not_finite_is_not_saved(tmp_path):
         prompt.save(tmp_path / "P36.safetensors")
 
 
-def test_yaml_round_trip(tmp_path):
-    config = parse(ProbeConfig, ["--relations", "P36,P30", "--max-epochs", "7", "--out", "runs/x", "--seed", "3"], "t")
-    assert config.relations == ("P36", "P30")
-    path = tmp_path / "config.yaml"
-    path.write_text(to_yaml(config))
-    assert from_yaml(ProbeConfig, path) == config
-    path.write_text(yaml.safe_dump({"max_epoch": 7}))
-    with pytest.raises(UsageError, match=r"config.yaml: .*max-epoch"):
-        from_yaml(ProbeConfig, path)
-
-
 def test_config_file_gives_defaults(probe, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("relations: [P36]\nlimit_facts: 5\n")
@@ -312,17 +305,46 @@ def test_config_file_gives_defaults(probe, tmp_path):
     assert results["data"]["relations"]["P36"]["facts"]["test"] == 3
 
 
+def test_mistakes_in_the_config_file_are_told_with_its_name(probe, tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    for text, message in (
+        ("pass_tokens: -1", f"{path}: --pass-tokens -1: give a number above 0"),
+        ("max_epoch: 3", f'{path}: Unknown option: "[max_epoch]" from this file. Did you mean --max-epochs?'),
+        ("max_epochs: many", f"{path}: Invalid value for [max_epochs]: many is not a whole number"),
+        ("- P36", f"{path}: expected `option: value` lines"),
+        ("a: b: c", f"{path}: cannot be read as YAML"),
+    ):
+        path.write_text(text)
+        assert probe("--config", path) == 2
+        assert message in capsys.readouterr().err
+    path.unlink()
+    assert probe(f"--config={path}") == 2
+    assert f"{path}: cannot be read as YAML" in capsys.readouterr().err
+
+
 def test_help_and_unknown_command(capsys):
     from megaprompt.cli import main
 
-    assert main(["--help"]) == 0
-    assert "probe" in capsys.readouterr().out
+    for args in (["--help"], ["-h"], []):
+        assert main(args) == 0
+        assert "evaluate" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"megaprompt {megaprompt.__version__}\n"
     assert main(["prob"]) == 2
-    assert "no such command" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        main(["probe", "--help"])
-    assert stop.value.code == 0
+    assert 'Unknown command "prob". Did you mean "probe"?' in capsys.readouterr().err
+    assert main(["data", "fetsch"]) == 2
+    assert '"fetsch"' in capsys.readouterr().err
+    assert main(["probe", "--help"]) == 0
     assert "--limit-facts" in capsys.readouterr().out
+
+
+def test_debug_shows_where(capsys):
+    from megaprompt.cli import main
+
+    with pytest.raises(UsageError):
+        main(["status", "nowhere", "--debug"])
+    assert main(["status", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("megaprompt: nowhere: ")
 
 
 def test_full_disk_is_one_line(probe, tmp_path, capsys):

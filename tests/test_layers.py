@@ -27,12 +27,9 @@ LAYERS = (
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 LONGEST = {"file": 300, "function": 60, "class": 150}
 
-UPWARD: dict[tuple[str, str], str] = {
-    ("config.py", "prompting"): "moving",
-    ("config.py", "tasks"): "moving",
-}
+UPWARD: dict[tuple[str, str], str] = {}
 """Imports that run upwards all the same: (file, imported part) -> the reason."""
-LONG: dict[str, str] = {"cli.py": "moving", "config.py": "moving"}
+LONG: dict[str, str] = {}
 """Parts that are longer all the same: file, or file:name -> the reason."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megaprompt.config import find_configuration
 from megaprompt.distributed.loss_scale import LossScale
 from megaprompt.distributed.operators import prefer_cpu_without_gpu
 from megaprompt.errors import UsageError
@@ -54,6 +55,7 @@ def read_deepspeed_config(path: Path) -> DeepSpeedSettings:
             use for a frozen backbone.
     """
     option = f"--deepspeed {path}"
+    path = find_configuration(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megaprompt.config import PASS_TOKENS, ROW_TOKENS
 from megaprompt.prompting.template import Query
 
 
@@ -126,17 +127,17 @@ def _fill_rows(rows: list[_Row], queries: Sequence[Query], order: Iterable[int],
     return rows
 
 
-ROW_TOKENS = 256
-"""How wide rows are where nobody says."""
-
-
 @dataclass(frozen=True)
 class PassSize:
     """How much one pass computes: rows of at most `row_tokens` (None: of one query each), in all at most about
-    `pass_tokens`."""
+    `pass_tokens`. Rows are never wider than a pass."""
 
     row_tokens: int | None = ROW_TOKENS
-    pass_tokens: int = 1024
+    pass_tokens: int = PASS_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.row_tokens is not None and self.row_tokens > self.pass_tokens:
+            object.__setattr__(self, "row_tokens", self.pass_tokens)
 
 
 def split_into_passes(instances: Sequence[Sequence[Query]], size: PassSize) -> list[list[int]]:

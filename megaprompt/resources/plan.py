@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from megaprompt.config import PlanConfig
+from megaprompt.config import PlanConfig, shipped_configurations
 from megaprompt.distributed.deepspeed_config import DeepSpeedSettings, read_deepspeed_config
 from megaprompt.errors import UsageError
 from megaprompt.prompting.packing import PassSize
@@ -73,11 +73,9 @@ def _default(config: PlanConfig) -> torch.dtype:
 
 
 def _configurations() -> list[Path]:
-    """The configurations that come with megaprompt, where they are there."""
-    for directory in (Path("ds_configs"), Path(__file__).parents[2] / "ds_configs"):
-        if paths := sorted(directory.glob("*.json")):
-            return paths
-    return []
+    """Those in ds_configs/ of this directory, or else those that come with megaprompt, as --deepspeed takes them."""
+    folder = Path("ds_configs")
+    return sorted(folder.glob("*.json")) or [folder / path.name for path in shipped_configurations()]
 
 
 @cache

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from megaprompt.backbone import dtype_of, inspect_backbone, read_config
 from megaprompt.backbone.packed import language_model
-from megaprompt.config import Dtype, PlanConfig, ProbeConfig
+from megaprompt.config import PlanConfig, ProbeConfig
+from megaprompt.config.options import Dtype
 from megaprompt.distributed.deepspeed_config import read_deepspeed_config
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.prompt_encoder import PromptEncoder

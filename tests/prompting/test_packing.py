@@ -90,6 +90,17 @@ def test_passes_cover_every_query_once_within_the_limit():
         assert pack([queries[i] for i in indices], 32).token_ids.numel() <= 96
 
 
+def test_a_small_pass_has_narrow_rows():
+    """--pass-tokens below --row-tokens: the pass is the limit, which is what the plan advises to lower."""
+    queries = random_queries(5, 300)
+    size = PassSize(256, 96)
+    assert size == PassSize(96, 96)
+    for indices in split_into_passes([(query,) for query in queries], size):
+        assert pack([queries[i] for i in indices], size.row_tokens).token_ids.numel() <= 96
+    assert PassSize(64, 96).row_tokens == 64
+    assert PassSize(None, 96).row_tokens is None
+
+
 def test_a_query_longer_than_a_row_has_its_own(make_backbone):
     queries = [Query(tuple(range(20, 60)), (39,)), Query((20, 21), (1,))]
     batch = pack(queries, row_tokens=8)

@@ -1,0 +1,33 @@
+"""Everything that a command can be told, as dataclasses: the command line, YAML files and Python calls all make these.
+
+Nothing here imports torch, so that `megaprompt --help` comes at once.
+"""
+
+from megaprompt.config.data import ConvertConfig, CountConfig, FetchConfig, VocabularyConfig
+from megaprompt.config.machines import MemoryConfig, PlanConfig
+from megaprompt.config.options import PASS_TOKENS, ROW_TOKENS, from_yaml, read_yaml, to_yaml
+from megaprompt.config.probe import METHODS, ProbeConfig
+from megaprompt.config.runs import AskConfig, EvaluateConfig, ReportConfig, StatusConfig
+from megaprompt.config.shipped import find_configuration, shipped_configurations
+
+__all__ = [
+    "METHODS",
+    "PASS_TOKENS",
+    "ROW_TOKENS",
+    "AskConfig",
+    "ConvertConfig",
+    "CountConfig",
+    "EvaluateConfig",
+    "FetchConfig",
+    "MemoryConfig",
+    "PlanConfig",
+    "ProbeConfig",
+    "ReportConfig",
+    "StatusConfig",
+    "VocabularyConfig",
+    "find_configuration",
+    "from_yaml",
+    "read_yaml",
+    "shipped_configurations",
+    "to_yaml",
+]

@@ -1,0 +1,143 @@
+"""What `megaprompt probe` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cyclopts import Parameter
+
+from megaprompt.config.options import (
+    PASS_TOKENS,
+    ROW_TOKENS,
+    Dtype,
+    Encoder,
+    Names,
+    OptionalNames,
+    Whole,
+    WholeOrNone,
+    above_zero,
+)
+from megaprompt.errors import UsageError
+
+METHODS = ("manual", "autoprompt", "p-tuning", "fine-tuning", "manual+fine-tuning")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Measure what a frozen language model knows: score hand-written prompts, learn prompts, and score them."""
+
+    backbone: str = "smollm2-135m"
+    """The frozen model: smollm2-135m (packaged), a transformers name or directory, or a .gguf file."""
+    data: str = "geonames"
+    """geonames (packaged), or a directory in the LAMA layout."""
+    out: Path = Path("runs/probe")
+    """Directory of this run. It must not hold another run."""
+    methods: Names = ("manual", "p-tuning")
+    """What to compare: manual, autoprompt (a search for words), p-tuning, fine-tuning (of the whole model, on the
+    subject alone), manual+fine-tuning (of the whole model, on the manual prompt). The majority object is always
+    reported beside them."""
+    discrete: OptionalNames = ()
+    """Discrete prompts to score as well: NAME=PATH,.. where PATH is a .jsonl file with relation and template, or a
+    directory of P36.jsonl and others. Of several for a relation, the best on train and all together are scored."""
+    relations: OptionalNames = ()
+    """Wikidata ids such as P36,P30. All relations of the data if not given."""
+    vocab: str = "auto"
+    """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': the data's own file, if any."""
+    limit_facts: WholeOrNone = None
+    """Use at most so many facts per relation and split: the first after a shuffle that depends on the seed."""
+    template: str | None = None
+    """Template of the learned prompts, and of those that AutoPrompt searches. If not given, that of the paper: for
+    causal models <3>[X]<3>[Y], for masked ones <3>[X]<3>[Y]<3>; for AutoPrompt [X]<5>[Y], and a full stop for masked
+    ones."""
+    encoder: Encoder = "lstm"
+    """Prompt encoder: lstm (the paper's), mlp, or none (the vectors themselves are trained)."""
+    init: Literal["manual"] | None = None
+    """With --encoder none, 'manual' starts with the embeddings of the relation's manual prompt, each of whose tokens
+    becomes a pseudo token in its place (OptiPrompt); instead of --template."""
+    recipe: Literal["fast", "paper"] = "fast"
+    """Preset of the six options that follow. 'paper' takes what the paper's code sets and is much slower."""
+    learning_rate: float | None = None
+    """Adam's learning rate."""
+    weight_decay: float | None = None
+    """Adam's weight decay."""
+    batch_size: WholeOrNone = None
+    """Facts per relation and step."""
+    max_epochs: WholeOrNone = None
+    """Train each relation for at most so many epochs."""
+    max_steps: WholeOrNone = None
+    """Train each relation for at most so many steps; the learning rate then falls linearly to zero."""
+    patience: WholeOrNone = None
+    """Stop a relation after so many epochs without a better P@1 on dev."""
+    autoprompt_steps: Whole = 100
+    """Steps of AutoPrompt's search for each relation, in each of which one token may be replaced."""
+    fine_tuning_rate: float = 5e-6
+    """Adam's learning rate of the two methods that fine-tune. They take batch size, epochs, steps and patience from the
+    options above where these are given, and otherwise from the paper's code."""
+    seed: Whole = 0
+    """Everything random follows from this number."""
+    dtype: Dtype | None = None
+    """Of the backbone. If not given: what the DeepSpeed configuration says, else float32 on a CPU, bfloat16 on a GPU.
+    Prompts are always trained in float32."""
+    deepspeed: Path | None = None
+    """DeepSpeed configuration, a file or one that comes with megaprompt, such as zero3 (see ds_configs/): shard the
+    backbone over the ranks. Plain PyTorch if not given."""
+    relation_groups: Whole = 1
+    """Divide the ranks into so many groups, each of which trains some of the relations. Does not change results."""
+    row_tokens: Whole = ROW_TOKENS
+    """Width of packed rows. Changes speed and memory, not results."""
+    pass_tokens: Whole = PASS_TOKENS
+    """Tokens that the backbone computes at once on each rank. Changes speed and memory, not results."""
+    resume: bool = False
+    """Continue the interrupted run in the directory --out, with the options that it was started with."""
+    check: bool = False
+    """Only see whether the run could start: options, backbone, data, disk, versions. Nothing is loaded or written."""
+
+    def recipe_options(self) -> dict[str, Any]:
+        """What was given for the recipe that `recipe` names.
+
+        Raises:
+            UsageError: a value makes no sense.
+        """
+        return self._given("learning_rate", "weight_decay", "batch_size", "max_epochs", "max_steps", "patience")
+
+    def fine_tuning_options(self) -> dict[str, Any]:
+        """What was given for the recipe of the methods that fine-tune.
+
+        Raises:
+            UsageError: a value makes no sense.
+        """
+        given = self._given("fine_tuning_rate", "batch_size", "max_epochs", "max_steps", "patience")
+        return {"learning_rate": given.pop("fine_tuning_rate"), **given}
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        for name, value in given.items():
+            if value < 0 or (value == 0 and name != "weight_decay"):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+        return given
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise UsageError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
+        above_zero(self, "limit_facts", "relation_groups", "row_tokens", "pass_tokens", "autoprompt_steps")
+        self.discrete_prompts()
+        if self.init == "manual" and (self.encoder != "none" or self.template is not None):
+            raise UsageError("--init manual: give --encoder none, and no --template")
+
+    def discrete_prompts(self) -> dict[str, Path]:
+        """The files of discrete prompts, by the name of the method.
+
+        Raises:
+            UsageError: an option is not NAME=PATH, or a name is taken.
+        """
+        named: dict[str, Path] = {}
+        for text in self.discrete:
+            name, equals, path = text.partition("=")
+            if not (name and equals and path) or name in named or name in (*METHODS, "majority"):
+                raise UsageError(f"--discrete {text}: give NAME=PATH, each name once and not that of another method")
+            named[name] = Path(path)
+        return named

@@ -1,0 +1,83 @@
+"""What the commands about a run that is there, or its prompts, can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cyclopts import Parameter
+
+from megaprompt.config.options import Dtype, OptionalNames, Whole, WholeOrNone
+from megaprompt.errors import UsageError
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Score saved prompts on facts."""
+
+    prompts: Path
+    """A run, or a directory of *.safetensors prompts."""
+    backbone: str | None = None
+    """The model that the prompts were learned on; its name is in the prompts if not given."""
+    data: str | None = None
+    """Facts to score on; those that the prompts were learned with if not given."""
+    split: Literal["train", "dev", "test"] = "test"
+    """Which of the data's splits to score."""
+    relations: OptionalNames = ()
+    """Wikidata ids; all for which there are prompts if not given."""
+    vocab: str = "auto"
+    """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': the data's own file, if any."""
+    limit_facts: WholeOrNone = None
+    """Use at most so many facts per relation: the first after a shuffle that depends on the seed."""
+    seed: Whole = 0
+    """For --limit-facts."""
+    dtype: Dtype | None = None
+    """Of the backbone. float32 on a CPU, bfloat16 on a GPU if not given."""
+    out: Path | None = None
+    """Also write the scores to this JSON file."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class AskConfig:
+    """Ask the frozen model about one subject, with a saved prompt."""
+
+    subject: str = field(kw_only=False)
+    """What to ask about, such as "Denmark"."""
+    prompts: Path
+    """A run, or a directory of *.safetensors prompts."""
+    relation: str | None = None
+    """Wikidata id, such as P36; may be left out if there is only one prompt."""
+    top: Whole = 5
+    """How many answers to print."""
+    backbone: str | None = None
+    """The model that the prompts were learned on; its name is in the prompts if not given."""
+    dtype: Dtype | None = None
+    """Of the backbone. float32 on a CPU, bfloat16 on a GPU if not given."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Make the report of a run again, finished or not, or join several runs on the same data into one table."""
+
+    runs: tuple[Path, ...] = field(kw_only=False)
+    """Directories of runs: of other backbones, methods or seeds. A directory of runs over parts of the relations counts
+    as one run: their results are put together."""
+    out: Path | None = None
+    """Directory to write the report into. If not given: that of the run, or runs/report for several."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UsageError("RUNS: give the directory of a run, or of several")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """Tell how far a run is, from its progress.json."""
+
+    run: Path = field(kw_only=False)
+    """Directory of the run."""
