@@ -32,6 +32,7 @@ from megaprompt.config import (
     from_yaml,
 )
 from megaprompt.config.options import READING, read_yaml
+from megaprompt.console import show
 from megaprompt.errors import MegapromptError
 
 app = App(
@@ -74,7 +75,7 @@ def _explain(error: BaseException, args: Sequence[str]) -> tuple[int, str]:
         case KeyboardInterrupt():
             return (
                 130,
-                f"interrupted; {'the same command goes on' if args[:1] == ['data'] else 'continue with --resume'}",
+                f"interrupted; {'start the command again' if args[:1] == ['data'] else 'continue with --resume'}",
             )
         case ImportError():
             return 1, f"{text}; install the requirements"
@@ -117,7 +118,7 @@ def probe(
     with joined_world(force=config.deepspeed is not None) as world:
         results = probe(config, world)
     if world.is_main:
-        _print(summary_table(results))
+        show(summary_table(results))
         print(f"results  {config.out / 'results.json'}\nreport   {config.out / 'report.html'}")
 
 
@@ -140,7 +141,7 @@ def evaluate(config: EvaluateConfig) -> None:
     table.add_section()
     for name in ("macro", "micro"):
         table.add_row(name, "", "", *_percents(scores[name]))
-    _print(table)
+    show(table)
 
 
 def _percents(row: dict[str, Any]) -> list[str]:
@@ -170,12 +171,12 @@ def report(config: ReportConfig) -> None:
         if parts := sorted(path.parent for path in run.glob("*/results.json")):
             merged = merge_runs(parts, run)
             if len(config.runs) == 1:
-                _print(summary_table(merged))
+                show(summary_table(merged))
     if len(config.runs) == 1:
         print(write_report(config.runs[0], config.out))
         return
     table = join([read_run(run) for run in config.runs])
-    _print(terminal_table(table))
+    show(terminal_table(table))
     print(write_joint_report(table, config.out or Path("runs/report")))
 
 
@@ -199,7 +200,7 @@ def plan(config: PlanConfig) -> None:
         print(json.dumps(as_json(config, found), indent=1))
         return
     for table in tables(config, found):
-        _print(table)
+        show(table)
     print(advice(config, found))
 
 
@@ -208,7 +209,7 @@ def memory(config: MemoryConfig = MemoryConfig()) -> None:  # noqa: B008 (frozen
     """Measure what training needs in memory, beside what is predicted, with random weights at their true shapes."""
     from megaprompt.resources.measure import measure_all, table
 
-    _print(table(measure_all(config)))
+    show(table(measure_all(config)))
     print(f"results  {config.out / 'memory.json'}\nchart    {config.out / 'memory.png'}")
 
 
@@ -269,18 +270,9 @@ def count(config: CountConfig = CountConfig()) -> None:  # noqa: B008 (frozen)
 
     facts = load_data(config.data)
     counts = count_facts(facts, config.vocab, load_tokenizer(config.backbone))
-    _print(count_table(counts, f"facts of {facts.name} for {config.backbone}, --vocab {config.vocab}"))
+    show(count_table(counts, f"facts of {facts.name} for {config.backbone}, --vocab {config.vocab}"))
     if published := beside_lama(counts):
         print(published)
-
-
-def _print(table: object) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=132)
-    console.print(table)
 
 
 def _quiet(debug: bool) -> None:

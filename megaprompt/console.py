@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left on a terminal, a line now and then in a log file."""
+"""Progress of long work, a bar with rate and time left on a terminal, a line now and then in a log file; and tables."""
 
 from __future__ import annotations
 
@@ -64,3 +64,11 @@ def progress(description: str, total: int, enabled: bool = True, unit: str = "fa
 
         yield update
         print(f"{description}: done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+
+
+def show(table: object) -> None:
+    """Print a table; into a file or pipe as wide as most terminals."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=132)
+    console.print(table)

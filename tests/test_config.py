@@ -134,7 +134,7 @@ def test_shipped_configurations_are_found_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_shipped_configurations_serve_plan_and_check(tmp_path, monkeypatch):
-    from megaprompt.distributed.zero3 import read_deepspeed_config
+    from megaprompt.distributed.deepspeed_config import read_deepspeed_config
     from megaprompt.resources.plan import plans
 
     monkeypatch.chdir(tmp_path)
