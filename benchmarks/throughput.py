@@ -224,7 +224,7 @@ def main() -> None:
     peaks, needed, losses = [], {"train": 0.0, "evaluation": 0.0}, {"original": 0.0, "peft": 0.0}
     for round_number in range(args.rounds + 1):  # the first one warms up
         for learner in ours.learners:
-            learner.epoch_loss = 0.0
+            learner.loss, learner.seen = 0.0, 0
             if learner.cursor + BATCH > len(learner.data.train):  # every round has full batches
                 learner.epoch, learner.cursor = learner.epoch + 1, 0
         batches = {learner.data.task: copy.copy(learner).next_batch() for learner in ours.learners}
@@ -242,7 +242,7 @@ def main() -> None:
         )
         queries = [instance.queries[0] for instance in flat(asked(ours.learners, batches))]
         counted["train megaprompt"] = timed(ours.train_step)
-        loss_ours = [ln.epoch_loss / len(batches[ln.data.task]) for ln in ours.learners]
+        loss_ours = [ln.loss / ln.seen for ln in ours.learners]
         if round_number == 0:  # from equal prompts; afterwards rounding may lead the runs apart
             losses["original"] = max(abs(a - b) / b for a, b in zip(loss_ours, loss_original, strict=True))
             needed["train"] = operations(backbone, pack(queries, ours.at.size.row_tokens), train=True)

@@ -56,6 +56,12 @@ class PackedModel(nn.Module):
             _answer_in_float32(cast(nn.Linear, model.get_output_embeddings()))
 
     @property
+    def max_positions(self) -> int | None:
+        """How many tokens a text can have, if the model's configuration sets a limit."""
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        return None if most is None else most - self._first_position
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 

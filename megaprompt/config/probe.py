@@ -21,7 +21,9 @@ from megaprompt.config.options import (
 )
 from megaprompt.errors import UsageError
 
-METHODS = ("manual", "autoprompt", "p-tuning", "fine-tuning", "manual+fine-tuning")
+METHODS = (
+    "manual", "best-manual", "in-context", "autoprompt", "p-tuning", "best", "fine-tuning", "manual+fine-tuning",
+)  # fmt: skip
 
 
 @Parameter(name="*")
@@ -36,9 +38,16 @@ class ProbeConfig:
     out: Path = Path("runs/probe")
     """Directory of this run. It must not hold another run."""
     methods: Names = ("manual", "p-tuning")
-    """What to compare: manual, autoprompt (a search for words), p-tuning, fine-tuning (of the whole model, on the
-    subject alone), manual+fine-tuning (of the whole model, on the manual prompt). The majority object is always
-    reported beside them."""
+    """What to compare: manual, best-manual (of several wordings), in-context (facts shown before the question),
+    autoprompt (a search for words), p-tuning, best (of all of these but autoprompt, and more learned prompts),
+    fine-tuning (of the whole model, on the subject alone), manual+fine-tuning (of the whole model, on the manual
+    prompt). Choices are made on dev. The majority object is always reported beside them."""
+    wordings: Path | None = None
+    """More wordings for best-manual: a .jsonl file with relation and template, or a directory of P36.jsonl and
+    others. Without it, those that came with the data."""
+    candidates: WholeOrNone = None
+    """How many ways of learning 'best' tries for each relation, the paper's among them. If not given: four, or as many
+    as fit into memory."""
     discrete: OptionalNames = ()
     """Discrete prompts to score as well: NAME=PATH,.. where PATH is a .jsonl file with relation and template, or a
     directory of P36.jsonl and others. Of several for a relation, the best on train and all together are scored."""
@@ -123,7 +132,9 @@ class ProbeConfig:
         for method in self.methods:
             if method not in METHODS:
                 raise UsageError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
-        above_zero(self, "limit_facts", "relation_groups", "row_tokens", "pass_tokens", "autoprompt_steps")
+        above_zero(
+            self, "limit_facts", "relation_groups", "row_tokens", "pass_tokens", "autoprompt_steps", "candidates"
+        )
         self.discrete_prompts()
         if self.init == "manual" and (self.encoder != "none" or self.template is not None):
             raise UsageError("--init manual: give --encoder none, and no --template")

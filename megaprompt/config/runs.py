@@ -19,6 +19,8 @@ class EvaluateConfig:
 
     prompts: Path
     """A run, or a directory of *.safetensors prompts."""
+    method: str | None = None
+    """Whose prompts of the run: best, p-tuning, in-context. If not given: the first of these that the run has."""
     backbone: str | None = None
     """The model that the prompts were learned on; its name is in the prompts if not given."""
     data: str | None = None
@@ -52,6 +54,8 @@ class AskConfig:
     """Wikidata id, such as P36; may be left out if there is only one prompt."""
     top: Whole = 5
     """How many answers to print."""
+    method: str | None = None
+    """Whose prompts of the run: best, p-tuning, in-context. If not given: the first of these that the run has."""
     backbone: str | None = None
     """The model that the prompts were learned on; its name is in the prompts if not given."""
     dtype: Dtype | None = None

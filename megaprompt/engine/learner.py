@@ -1,7 +1,8 @@
 """One task while it is learned: its place in the data, its epochs, its best score on dev, and what is trained for it.
 
 The initial weights and the order of the data depend on (seed, task, epoch) only, so that a task is learned as it would
-be alone, whatever is learned beside it, and on any number of ranks.
+be alone, whatever is learned beside it, and on any number of ranks. Several candidates of one task, which are learned
+to take the best, differ in template, start, encoder or recipe, and in nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from megaprompt.tasks.task import Instance
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What one task is learned from. Its queries number their pseudo tokens from 0.
+    """What one task, or one candidate of it, is learned from. Its queries number their pseudo tokens from 0.
+
+    Args:
+        vectors: [pseudo tokens, hidden size] to start with.
+        candidate: its name, if the task has several.
+        recipe: another than that of all.
+        encoder: another kind than that of all.
+        stays: whether it goes on to its end however it compares with the other candidates.
 
     Raises:
         MegapromptError: there is nothing to learn from.
@@ -37,7 +45,21 @@ class TrainingSet:
     num_pseudo_tokens: int
     train: Sequence[Instance] = field(repr=False)
     dev: Sequence[Instance] = field(repr=False)
-    vectors: Tensor | None = None  # [pseudo tokens, hidden size] to start with, without a prompt encoder
+    vectors: Tensor | None = field(default=None, repr=False)
+    candidate: str = ""
+    recipe: Recipe | None = None
+    encoder: EncoderKind | None = None
+    stays: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of the task, and of the candidate if there are several."""
+        return f"{self.task}.{self.candidate}" if self.candidate else self.task
+
+    @property
+    def about(self) -> dict[str, str]:
+        """The same for the log."""
+        return {"relation": self.task, **({"candidate": self.candidate} if self.candidate else {})}
 
     def __post_init__(self) -> None:
         if not len(self.train) or not len(self.dev):
@@ -59,6 +81,7 @@ class Learned:
     best_epoch: int
     dev: dict[str, float]  # scores on dev of what was kept
     diverged: dict[str, Any] | None = None  # `step` and `reason`, if it did
+    dropped: int | None = None  # the step after which other candidates were preferred, if they were
 
 
 @dataclass
@@ -82,15 +105,17 @@ class Learner:
         encoder: EncoderKind,
         loss_scale: LossScale,
     ) -> None:
+        recipe, encoder = data.recipe or recipe, data.encoder or encoder
         self.data, self.recipe, self.seed, self.loss_scale = data, recipe, seed, loss_scale
         self.skipped = 0  # steps whose gradients overflowed
         self.epoch = 0  # finished epochs
         self.cursor = 0  # instances of the current epoch that were used
         self.step = 0  # finished optimizer steps
-        self.epoch_loss = 0.0  # sum over them
+        self.loss, self.seen = 0.0, 0  # sum of losses since dev was scored, and over how many instances
         self.best: dict[str, Any] = {"scores": {}, "epoch": 0, "kept": None}
-        self.improved_in = 0  # the last epoch with a better first score
+        self.stale = 0  # how often dev was scored since the first score was better
         self.diverged: dict[str, Any] | None = None
+        self.dropped: int | None = None
         self.active = recipe.max_epochs > 0
         self.encoder = _new_encoder(data, recipe, seed, backbone, encoder)
         with torch.random.fork_rng(devices=[]):
@@ -104,6 +129,8 @@ class Learner:
 
     def next_batch(self) -> list[int]:
         """Indices of the next training instances; the order is a function of (seed, task, epoch)."""
+        if self.epoch_is_over:
+            self.epoch, self.cursor = self.epoch + 1, 0
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.data.task, "epoch", self.epoch))
         order = torch.randperm(len(self.data.train), generator=generator)
         batch = order[self.cursor : self.cursor + self.recipe.batch_size].tolist()
@@ -120,14 +147,22 @@ class Learner:
 
     @property
     def epoch_is_over(self) -> bool:
-        return self.active and (self.cursor >= self.recipe.used(len(self.data.train)) or self.step >= self.steps)
+        return self.cursor >= self.recipe.used(len(self.data.train))
+
+    @property
+    def dev_is_due(self) -> bool:
+        """Whether it is time to score dev."""
+        every = self.recipe.dev_every
+        due = self.epoch_is_over if every is None else self.step % every == 0
+        return self.active and (due or self.step >= self.steps)
 
     # ---------------------------------------------------------------------------------------------------------- a step
 
     def end_step(self, losses: Tensor, overflow: bool) -> None:
         """Take the losses [batch] of a step, and the step on the gradients that the parameters hold; it is skipped if
         they overflowed."""
-        self.epoch_loss += losses.mean().item() * len(losses)
+        self.loss += losses.mean().item() * len(losses)
+        self.seen += len(losses)
         if not overflow:
             self.update()
         elif self.optimizer is not None:
@@ -151,36 +186,37 @@ class Learner:
         self.active = False
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
-        return {"relation": self.data.task, "diverged": self.diverged["reason"], "stopped": True}
+        return {**self.data.about, "diverged": self.diverged["reason"], "stopped": True}
 
-    def end_epoch(self, scores: Mapping[str, float], keep: Callable[[], Any]) -> dict[str, Any]:
-        """Take the dev scores of the epoch that is over, and what `keep` gives if it was the best; returns the line
-        for the log."""
-        rate = self.learning_rate
-        self.epoch += 1
-        first, *_ = selects = self.data.objective.selects
-        best = self.best["scores"]
+    def drop(self) -> None:
+        """Stop, since other candidates are better."""
+        self.dropped, self.active = self.step, False
+
+    def take_dev(self, scores: Mapping[str, float], keep: Callable[[], Any]) -> dict[str, Any]:
+        """Take scores on dev, and what `keep` gives if they are the best so far; returns the line for the log."""
+        objective, best = self.data.objective, self.best["scores"]
         if self.recipe.ties_are_better:
+            first = objective.selects[0]
             better = first_is_better = not best or scores[first] >= best[first]
         else:
+            first, *_ = deciding = objective.deciding(len(self.data.dev))
             first_is_better = not best or scores[first] > best[first]
-            better = not best or [scores[name] for name in selects] > [best[name] for name in selects]
-        if first_is_better:
-            self.improved_in = self.epoch
+            better = not best or [scores[name] for name in deciding] > [best[name] for name in deciding]
+        epoch = self.epoch + 1  # the one that it is in, or that is just over
+        self.stale = 0 if first_is_better else self.stale + 1
         if better:
-            self.best = {"scores": dict(scores), "epoch": self.epoch, "kept": keep()}
+            self.best = {"scores": dict(scores), "epoch": epoch, "kept": keep()}
         line = {
-            "relation": self.data.task,
-            "epoch": self.epoch,
-            "train_loss": self.epoch_loss / self.cursor,
-            **{f"dev_{name}": scores[name] for name in selects},
+            **self.data.about,
+            "epoch": epoch,
+            "train_loss": self.loss / self.seen,
+            **{f"dev_{name}": scores[name] for name in objective.selects},
             "best": better,
-            "learning_rate": rate,
+            "learning_rate": self.learning_rate,
             "skipped_steps": self.skipped,
         }
-        self.cursor, self.epoch_loss = 0, 0.0
-        stale = self.epoch - self.improved_in
-        self.active = self.step < self.steps and stale < self.recipe.patience
+        self.loss, self.seen = 0.0, 0
+        self.active = self.step < self.steps and self.stale < self.recipe.patience
         return line | {"stopped": not self.active}
 
     def prompt(self) -> Prompt:
@@ -191,11 +227,12 @@ class Learner:
 
     def result(self) -> Learned:
         """What was best on dev."""
-        return Learned(self.best["kept"], self.epoch, self.best["epoch"], self.best["scores"], self.diverged)
+        epochs = self.epoch + (self.cursor > 0)  # also one that was not finished
+        return Learned(self.best["kept"], epochs, self.best["epoch"], self.best["scores"], self.diverged, self.dropped)
 
     # --------------------------------------------------------------------------------------------- stop, and go on
 
-    _PROGRESS = ("epoch", "cursor", "step", "skipped", "epoch_loss", "improved_in", "active", "diverged")
+    _PROGRESS = ("epoch", "cursor", "step", "skipped", "loss", "seen", "stale", "active", "diverged", "dropped")
 
     def state(self) -> dict[str, Any]:
         """Everything that `restore` needs to go on exactly; without modules and optimizer once it has stopped."""

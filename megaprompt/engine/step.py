@@ -158,5 +158,5 @@ def _end_step(learner: Learner, loss: Tensor, overflow: bool, weights: Weights |
         learner.skipped += weights.step(learner.learning_rate)
     learner.end_step(loss, overflow)
     if overflow:
-        about = (learner.data.task, number, learner.loss_scale.scale)
+        about = (learner.data.name, number, learner.loss_scale.scale)
         logger.info("%s: skipped step %d, gradients overflowed; the loss scale is now %g", *about)

@@ -4,6 +4,9 @@ A *step* (see `step`) gives every task that is still active one optimizer step o
 *passes* of the backbone (see `passes`), each over instances of many tasks. With relation groups (see `schedule`) a rank
 has only the encoders of its own group's tasks, and shares gradients with the replicas of its group only.
 
+Of several candidates of a task the weaker ones on dev are dropped on the way (successive halving, arXiv 1502.07943).
+All ranks know the scores of all candidates and decide alike, so candidates of a task may be in different groups.
+
 Differences from the paper's code, on purpose: the backbone stays in evaluation mode (no dropout), so runs repeat and
 packing is exact; the loss is taken at the output just before the answer, for training and ranking alike; the test
 split is read with what was best on dev, only.
@@ -61,6 +64,7 @@ class Trainer:
         world: all ranks; they make this object and call its methods together.
         groups: into how many groups of ranks the tasks are divided.
         loss_scale: with which every task starts.
+        rungs: after so many steps, at which dev is scored, at most so many candidates of a task go on.
         weights: the backbone's weights, if they are trained too, for one task alone.
         keep: what is wanted of a learner that is the best so far on dev; its prompt, if not given.
 
@@ -81,6 +85,7 @@ class Trainer:
         world: World,
         groups: int = 1,
         loss_scale: LossScale = NO_SCALING,
+        rungs: Mapping[int, int] | None = None,
         weights: Weights | None = None,
         keep: Callable[[Learner], Any] = Learner.prompt,
     ) -> None:
@@ -90,7 +95,8 @@ class Trainer:
         self.backbone, self.weights, self._keep = backbone, weights, keep
         self.at = Workplace(backbone, size, world.split(groups), world, data[0].objective.reads)
         self._batch_size = recipe.batch_size
-        self._steps = {each.task: recipe.steps(len(each.train)) for each in data}
+        self._data, self._rungs = {each.name: each for each in data}, rungs or {}
+        self._steps = {each.name: (each.recipe or recipe).steps(len(each.train)) for each in data}
         group_of = assign(list(self._steps.values()), groups)
         self.learners = [
             Learner(each, recipe, seed, backbone=backbone, encoder=encoder, loss_scale=loss_scale)
@@ -103,8 +109,10 @@ class Trainer:
                     f"relation {learner.data.task}: its template has no pseudo tokens, nothing to learn"
                 )
         self.step = 0
-        # Known on all ranks, of all tasks: after how many steps those that are done have stopped.
+        # Known on all ranks, of all tasks and candidates: after how many steps those that are done have stopped, and
+        # the best scores on dev.
         self.stopped_after: dict[str, int] = {} if recipe.max_epochs > 0 else dict.fromkeys(self._steps, 0)
+        self.best: dict[str, dict[str, float]] = {}
 
     def train_step(self) -> list[dict[str, Any]]:
         """One optimizer step for every active task; returns log lines of this group's tasks that had to be retired."""
@@ -112,9 +120,9 @@ class Trainer:
         return train_step(self.at, [each for each in self.learners if each.active], self.weights, self.step)
 
     @torch.no_grad()
-    def _end_epochs(self) -> list[dict[str, Any]]:
-        """Score this group's tasks whose epoch is over on dev; returns their log lines."""
-        ended = [learner for learner in self.learners if learner.epoch_is_over]
+    def _score_dev(self) -> list[dict[str, Any]]:
+        """Score this group's tasks on dev whose time it is; returns their log lines."""
+        ended = [learner for learner in self.learners if learner.dev_is_due]
         questions, vectors, offset = [], [], 0
         for learner in ended:
             dev = numbered_from(learner.data.dev, offset)
@@ -126,17 +134,33 @@ class Trainer:
         lines = []
         for learner, one in zip(ended, found, strict=True):
             scores = learner.data.objective.measure(one, learner.data.dev)
-            line = learner.end_epoch(scores, lambda learner=learner: self._keep(learner))  # type: ignore[misc]
+            line = learner.take_dev(scores, lambda learner=learner: self._keep(learner))  # type: ignore[misc]
             lines.append({"time": time.time(), "step": self.step, **line})
         return lines
 
     def _share(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Log lines of all groups, in the order of the tasks."""
         everywhere = self.at.everyone.gather(lines if self.at.world.rank == 0 else [])
-        order = list(self._steps)
-        shared = sorted((line for part in everywhere for line in part), key=lambda line: order.index(line["relation"]))
-        self.stopped_after |= {line["relation"]: self.step for line in shared if line["stopped"]}
-        return shared
+        order = {tuple(data.about.values()): name for name, data in self._data.items()}
+        named = [(order[tuple(line[k] for k in _ABOUT if k in line)], line) for part in everywhere for line in part]
+        places = list(self._steps)
+        named.sort(key=lambda each: places.index(each[0]))
+        self.stopped_after |= {name: self.step for name, line in named if line["stopped"]}
+        for name, line in named:
+            if line.get("best"):
+                self.best[name] = {each: line[f"dev_{each}"] for each in self._data[name].objective.selects}
+        return [line for _, line in named]
+
+    def _drop_weak(self) -> list[dict[str, Any]]:
+        """Stop the candidates that others of their task leave behind at a rung; returns the log lines, on all ranks."""
+        weak = weaker(self._data, self.best, self._rungs[self.step])
+        running = [name for name in weak if name not in self.stopped_after]
+        self.stopped_after |= dict.fromkeys(running, self.step)
+        for learner in self.learners:
+            if learner.data.name in running:
+                learner.drop()
+        now = {"time": time.time(), "step": self.step}
+        return [{**now, **self._data[name].about, "dropped": True, "stopped": True} for name in running]
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -148,7 +172,7 @@ class Trainer:
         """
         while len(self.stopped_after) < len(self._steps):
             retired = self.train_step()
-            ended = any(learner.epoch_is_over for learner in self.learners)
+            ended = any(learner.dev_is_due for learner in self.learners)
             signs = [ended, bool(retired), hooks.should_stop(), hooks.should_save()]
             some_ended, some_retired, stopping, saving = self.at.everyone.max_(
                 torch.tensor(signs, dtype=torch.int64), "schedule"
@@ -158,14 +182,17 @@ class Trainer:
                     logger.warning("%s is retired: %s", line["relation"], line["diverged"])
                     hooks.log(line)
             if some_ended:
-                for line in self._share(self._end_epochs()):
+                for line in self._share(self._score_dev()):
+                    hooks.log(line)
+            if self.step in self._rungs:
+                for line in self._drop_weak():
                     hooks.log(line)
             hooks.progress(*self.progress(), self.step)
             if saving or stopping:
                 hooks.save()
             if stopping:
                 raise Interrupted(f"interrupted after step {self.step}; continue with --resume")
-        own = {learner.data.task: learner.result() for learner in self.learners}
+        own = {learner.data.name: learner.result() for learner in self.learners}
         found = {name: result for part in self.at.everyone.gather(own) for name, result in part.items()}
         return {name: found[name] for name in self._steps}
 
@@ -176,10 +203,32 @@ class Trainer:
 
     def states(self) -> dict[str, dict[str, Any]]:
         """What each task of this group needs to go on exactly; empty on all but one replica of the group."""
-        return {each.data.task: each.state() for each in self.learners} if self.at.world.rank == 0 else {}
+        return {each.data.name: each.state() for each in self.learners} if self.at.world.rank == 0 else {}
 
-    def restore(self, step: int, stopped_after: Mapping[str, int], read: Callable[[str], dict[str, Any]]) -> None:
-        """Go on after `step` steps, on any number of ranks and groups; `read` gives the state of one task."""
-        self.step, self.stopped_after = step, dict(stopped_after)
+    def shared_state(self) -> dict[str, Any]:
+        """What else `restore` needs, the same on all ranks; ready for JSON."""
+        return {"step": self.step, "stopped_after": self.stopped_after, "best": self.best}
+
+    def restore(self, shared: Mapping[str, Any], read: Callable[[str], dict[str, Any]]) -> None:
+        """Go on from a `shared_state`, on any number of ranks and groups; `read` gives the state of one task."""
+        self.step, self.stopped_after, self.best = shared["step"], dict(shared["stopped_after"]), dict(shared["best"])
         for learner in self.learners:
-            learner.restore(read(learner.data.task))
+            learner.restore(read(learner.data.name))
+
+
+_ABOUT = ("relation", "candidate")
+
+
+def weaker(data: Mapping[str, TrainingSet], best: Mapping[str, Mapping[str, float]], most: int) -> list[str]:
+    """Names of the candidates that do not go on where at most so many of a task do, by their best scores on dev.
+
+    Among equals those go on that stand first in `data`. Those that stay count as well.
+    """
+    weak: list[str] = []
+    for task in dict.fromkeys(each.task for each in data.values()):
+        names = [name for name, each in data.items() if each.task == task]
+        deciding = data[names[0]].objective.deciding(len(data[names[0]].dev))
+        scored = [name for name in names if name in best]
+        scored.sort(key=lambda name: [-best[name][each] for each in deciding])  # stable
+        weak += [name for name in names if name not in scored[:most] and not data[name].stays]
+    return weak

@@ -28,8 +28,13 @@ class DiscretePrompt:
     weight: float = 1.0
 
 
-def read_discrete_prompts(path: Path, fields: Sequence[str] = FACT) -> dict[str, list[DiscretePrompt]]:
+def read_discrete_prompts(
+    path: Path, option: str = "discrete", fields: Sequence[str] = FACT
+) -> dict[str, list[DiscretePrompt]]:
     """The prompts of each task, whose templates have these fields.
+
+    Args:
+        option: what the user knows it by.
 
     Raises:
         UsageError: there are none, or one is no template, or has pseudo tokens.
@@ -43,12 +48,12 @@ def read_discrete_prompts(path: Path, fields: Sequence[str] = FACT) -> dict[str,
                 template = Template.parse(row["template"], fields)
                 prompt = DiscretePrompt(template.text, float(row.get("weight", 1.0)))
             except (ValueError, TypeError, UsageError) as error:
-                raise UsageError(f"--discrete {file}:{number}: {error}") from error
+                raise UsageError(f"--{option} {file}:{number}: {error}") from error
             if template.num_pseudo_tokens:
-                raise UsageError(f"--discrete {file}:{number}: has pseudo tokens, which no file can hold")
+                raise UsageError(f"--{option} {file}:{number}: has pseudo tokens, which no file can hold")
             found.setdefault(row.get("relation") or file.stem, []).append(prompt)
     if not found:
-        raise UsageError(f"--discrete {path}: holds no prompts; give a .jsonl file, or a directory of such files")
+        raise UsageError(f"--{option} {path}: holds no prompts; give a .jsonl file, or a directory of such files")
     return found
 
 

@@ -57,8 +57,10 @@ class Context(Protocol):
     def at(self, task: Task) -> Workplace:
         """Where all ranks share the questions of a task."""
 
-    def answer(self, task: Task, template: Template, split: Split, prompt: Prompt | None = None) -> Answers:
-        """Ask one split of a task with a template, and with what was learned for its pseudo tokens."""
+    def answer(
+        self, task: Task, template: Template, split: Split, prompt: Prompt | None = None, before: str = ""
+    ) -> Answers:
+        """Ask one split of a task with a template behind some text, and with what was learned for its pseudo tokens."""
 
     def measure(self, task: Task, split: Split, answers: Answers) -> dict[str, float]:
         """The metrics of such answers."""
@@ -67,6 +69,12 @@ class Context(Protocol):
         self, task: Task, template: Template, dev: Mapping[str, float] | None = None, **more: Any
     ) -> dict[str, Any]:
         """What results.json says of a task beside the metrics; `dev` are the metrics on dev."""
+
+    def rows(self, column: str) -> Mapping[str, dict[str, Any]]:
+        """What results.json says of a method that has run, by task; nothing if it has not."""
+
+    def once(self, name: str, find: Callable[[], int]) -> int:
+        """What was found the first time in this run, also after an interruption."""
 
     def each_task(
         self, columns: Sequence[str], score: ScoreTask, *, title: str = "", own_progress: bool = False
@@ -96,8 +104,17 @@ class Context(Protocol):
     ) -> AbstractContextManager[Hooks]:
         """Log and progress of a method that trains one task after the other, each from its start."""
 
-    def save_prompt(self, task: Task, template: Template, learned: Learned) -> None:
-        """Write what was learned to a file of its own."""
+    def save_prompt(
+        self,
+        method: str,
+        task: Task,
+        template: Template,
+        dev: Mapping[str, float],
+        *,
+        before: str = "",
+        kept: Prompt | None = None,
+    ) -> None:
+        """Write what was learned or chosen to a file of its own."""
 
     def save_templates(self, name: str, templates: Mapping[str, str]) -> None:
         """Write templates that were found, by task, as `--discrete` reads them."""

@@ -1,17 +1,32 @@
-"""P-tuning (arXiv 2103.10385): prompts of all tasks learned together, with the backbone frozen."""
+"""P-tuning (arXiv 2103.10385): prompts of all tasks learned together, with the backbone frozen.
+
+`p-tuning` is the paper's method: its template, and its encoder from a random start. `best` also learns other candidates
+in the same passes, and takes for each task what is best on dev among them and the prompts that need no training.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from megaprompt.engine.learner import TrainingSet
+import torch
+
+from megaprompt.engine.learner import Learned
 from megaprompt.engine.trainer import Trainer
 from megaprompt.errors import MegapromptError
+from megaprompt.methods.candidates import PAPER, Candidate, candidates, how_many_fit, rungs_of
 from megaprompt.methods.method import Context, Scored, ShouldStop
+from megaprompt.methods.untrained import drawn
 from megaprompt.prompting.prompt_encoder import EncoderKind
 from megaprompt.prompting.recipe import Recipe
 from megaprompt.prompting.template import Template, default_template
 from megaprompt.tasks.task import Task
+
+UNTRAINED = ("manual", "best-manual", "in-context")
+"""The methods that `best` also chooses from."""
+_MOST = 4  # candidates that are learned
+_MOST_SHOWN = 8  # demonstrations before a learned prompt; they are computed in every step
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,8 @@ class PTuning:
         template: with pseudo tokens; the paper's for the kind of backbone if None.
         from_manual: start with the manual prompt instead, each of its tokens a pseudo token.
         groups: into how many groups of ranks the tasks are divided.
+        best: whether to choose among several candidates, too.
+        most: how many of them are learned for each task; all of which the encoders fit into memory if None.
     """
 
     recipe: Recipe
@@ -29,11 +46,17 @@ class PTuning:
     template: str | None = None
     from_manual: bool = False
     groups: int = 1
+    best: bool = False
+    most: int | None = None
 
-    columns = ("p-tuning",)
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("p-tuning", "best") if self.best else ("p-tuning",)
 
     def check(self, context: Context) -> None:
         for task in context.tasks.values():
+            if self.best:
+                task.must_be_answerable("best")
             template = task.manual_template if self.from_manual else self._template(task, context)
             for example in task.examples["test"][:1]:  # finds a template that does not suit the backbone
                 template.render(example.fields, task.encoder, max_tokens=task.max_tokens)
@@ -41,42 +64,102 @@ class PTuning:
     def _template(self, task: Task, context: Context) -> Template:
         return task.template(self.template or default_template(context.backbone.causal, task.places))
 
+    def _paper(self, task: Task, context: Context) -> Candidate:
+        if not self.from_manual:
+            return Candidate(PAPER, self._template(task, context))
+        template, tokens = task.manual_template.with_pseudo_tokens(task.encoder)
+        return Candidate(PAPER, template, (), context.backbone.embeddings(tokens))
+
+    def _candidates(self, context: Context) -> dict[str, list[Candidate]]:
+        """What is learned, by task; the paper's first."""
+        paper = {name: self._paper(task, context) for name, task in context.tasks.items()}
+        if not self.best:
+            return {name: [one] for name, one in paper.items()}
+
+        def fitting() -> int:
+            pseudo_tokens = max(one.template.num_pseudo_tokens for one in paper.values())
+            tasks = -(-len(paper) // self.groups)
+            fit = how_many_fit(context.backbone, self.encoder, pseudo_tokens, tasks)
+            return min(_MOST, -int(context.world.max_(torch.tensor(-fit), "schedule")))
+
+        most = context.once("candidates", lambda: self.most or fitting())
+        tried = context.rows("in-context")
+        return {
+            name: candidates(task, context.backbone, paper[name], _shown(context, task, tried[name]), most)
+            for name, task in context.tasks.items()
+        }
+
     def run(self, context: Context) -> None:
-        data, templates = [], {}
-        for name, task in context.tasks.items():
-            vectors = None
-            if self.from_manual:
-                templates[name], tokens = task.manual_template.with_pseudo_tokens(task.encoder)
-                vectors = context.backbone.embeddings(tokens)
-            else:
-                templates[name] = self._template(task, context)
-            count = templates[name].num_pseudo_tokens
-            train, dev = (task.instances(split, templates[name]) for split in ("train", "dev"))
-            data.append(TrainingSet(name, task.objective, count, train, dev, vectors))
+        of_task, recipe = self._candidates(context), self.recipe
         trainer = Trainer(
             context.backbone,
-            data,
-            self.recipe,
-            encoder=self.encoder,
+            [
+                one.training_set(context.tasks[name], recipe, self.encoder, stays=one.name == PAPER)
+                for name, those in of_task.items()
+                for one in those
+            ],
+            recipe,
             seed=context.seed,
             size=context.size,
             world=context.world,
             groups=self.groups,
             loss_scale=context.loss_scale,
+            rungs=rungs_of(recipe, max(map(len, of_task.values()))),
         )
-        learned = context.train("p-tuning", trainer)
-        if all(found.kept is None for found in learned.values()):
-            name, first = next(iter(learned.items()))
+        found = iter(context.train("p-tuning", trainer).values())  # in the order of the candidates
+        learned = {name: [(one, next(found)) for one in those] for name, those in of_task.items()}
+        if all(what.kept is None for those in learned.values() for _, what in those):
+            name, [(_, first), *_] = next(iter(learned.items()))
             reason = (first.diverged or {}).get("reason", "there were no epochs")
             raise MegapromptError(f"nothing was learned of any relation; {name}: {reason}")
-        for name, found in learned.items():
-            if found.kept is not None:
-                context.save_prompt(context.tasks[name], templates[name], found)
 
         def score(task: Task, _: ShouldStop) -> dict[str, Scored]:
-            template, found = templates[task.name], learned[task.name]
-            row = context.row(task, template, found.dev, epochs=found.epochs, diverged=found.diverged)
-            kept = found.kept
-            return {"p-tuning": Scored(row, None if kept is None else context.answer(task, template, "test", kept))}
+            scored = {"p-tuning": _score(context, "p-tuning", task, *learned[task.name][0])}
+            if self.best:
+                scored["best"] = _best(context, task, learned[task.name], scored["p-tuning"])
+            return scored
 
         context.each_task(self.columns, score, title="test")
+
+
+def _shown(context: Context, task: Task, row: Mapping[str, Any]) -> tuple[int, ...]:
+    """The demonstrations that were best before a question, of numbers that a learned prompt can stand behind."""
+    for tried in row["tried"]:
+        if 0 < tried["demonstrations"] <= _MOST_SHOWN:
+            return drawn(task, tried["demonstrations"], tried["draw"], context.seed)
+    return ()
+
+
+def _score(context: Context, method: str, task: Task, candidate: Candidate, learned: Learned) -> Scored:
+    """Save and score what was learned."""
+    row = context.row(task, candidate.template, learned.dev, epochs=learned.epochs, diverged=learned.diverged)
+    if learned.kept is None:
+        return Scored(row, None)
+    before = candidate.before(task)
+    context.save_prompt(method, task, candidate.template, learned.dev, before=before, kept=learned.kept)
+    return Scored(row, context.answer(task, candidate.template, "test", learned.kept, before))
+
+
+def _best(context: Context, task: Task, learned: Sequence[tuple[Candidate, Learned]], paper: Scored) -> Scored:
+    """The best on dev of everything that was tried; among equals, what needs no training."""
+    untrained = {name: rows[task.name] for name in UNTRAINED if (rows := context.rows(name))}
+    tried: dict[str, dict[str, Any]] = {name: dict(row["dev"]) for name, row in untrained.items()}
+    tried |= {one.name: dict(what.dev) for one, what in learned if what.kept is not None}
+    deciding = task.objective.deciding(len(task.examples["dev"]))
+    chosen = max(tried, key=lambda name: [tried[name][metric] for metric in deciding])
+    if chosen in untrained:
+        row = untrained[chosen]
+        template = task.template(row["template"])
+        before = task.demonstrations([task.examples["train"][i] for i in row.get("shown", ())])
+        context.save_prompt("best", task, template, row["dev"], before=before)
+        scored = Scored(context.row(task, template, row["dev"]), context.answer(task, template, "test", before=before))
+    elif chosen == PAPER:
+        candidate, what = learned[0]
+        context.save_prompt("best", task, candidate.template, what.dev, kept=what.kept)
+        scored = Scored(dict(paper.row), paper.answers)
+    else:
+        scored = _score(context, "best", task, *next(each for each in learned if each[0].name == chosen))
+    dropped = {one.name: what.dropped for one, what in learned}
+    lines = [{"name": name, **dev, "dropped_after": dropped.get(name)} for name, dev in tried.items()]
+    scored.row.update(chosen=chosen, tried=lines)
+    return scored

@@ -39,6 +39,8 @@ class PromptEncoder(nn.Module):
     def __init__(self, num_pseudo_tokens: int, hidden_size: int, kind: EncoderKind = "lstm") -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_pseudo_tokens, hidden_size)
+        self.offset: Tensor | None
+        self.register_buffer("offset", None)  # [pseudo tokens, hidden size], constant
         self.lstm: nn.LSTM | None = None
         self.mlp: nn.Sequential | None = None
         if kind == "lstm":
@@ -57,7 +59,7 @@ class PromptEncoder(nn.Module):
                 vectors = self.lstm(vectors)[0]
         if self.mlp is not None:
             vectors = self.mlp(vectors)
-        return vectors
+        return vectors if self.offset is None else vectors + self.offset
 
     @torch.no_grad()
     def start_near(self, embeddings: EmbeddingStatistics) -> None:
@@ -74,6 +76,14 @@ class PromptEncoder(nn.Module):
             assert isinstance(last, nn.Linear)
             last.weight.mul_(scale)
             last.bias.sub_(center).mul_(scale).add_(mean)
+
+    @torch.no_grad()
+    def start_at(self, vectors: Tensor) -> None:
+        """Begin with exactly these vectors [pseudo tokens, hidden size]; a network learns what is added to them."""
+        if self.mlp is None:
+            self.embedding.weight.copy_(vectors)
+        else:
+            self.offset = vectors.to(self.embedding.weight) - self()
 
 
 def new_prompt_encoder(
@@ -94,14 +104,13 @@ def new_prompt_encoder(
     Args:
         near: start with vectors close to the mean of these embeddings. PyTorch's own initialization gives vectors that
             are almost equal and unlike any embedding, and the first third of a short training is spent on leaving them.
-        vectors: start with exactly these [pseudo tokens, hidden size]; of kind none only.
+        vectors: start with exactly these [pseudo tokens, hidden size].
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, relation, "prompt encoder"))
         encoder = PromptEncoder(num_pseudo_tokens, hidden_size, kind).to(dtype)
-    if vectors is not None:
-        assert kind == "none"
-        encoder.embedding.weight.data.copy_(vectors)
-    elif near is not None:
+    if near is not None:
         encoder.start_near(near)
+    if vectors is not None:
+        encoder.start_at(vectors)
     return encoder

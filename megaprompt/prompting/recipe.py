@@ -18,12 +18,13 @@ class Recipe:
     decay: float  # the learning rate is multiplied by this after every epoch
     batch_size: int
     max_epochs: int
-    patience: int  # stop after so many epochs without a better score on dev
+    patience: int  # stop after dev was scored so many times without getting better
     max_steps: int | None = None  # if given, stop after so many steps, with the learning rate falling linearly to 0
     warmup_steps: int = 0  # over which the learning rate rises linearly
     start_near_embeddings: bool = False  # initial vectors close to the backbone's mean token embedding
     ties_are_better: bool = False  # among equal scores on dev the latest is kept, and patience starts anew
     full_batches: bool = False  # what is left of an epoch behind its last full batch is not used
+    dev_every: int | None = None  # steps after which dev is scored; if not given, it is scored after every epoch
 
     def used(self, facts: int) -> int:
         """How many of so many training facts an epoch uses; all of them where they do not fill one batch."""
@@ -55,6 +56,7 @@ RECIPES = {
         max_epochs=100,
         patience=20,
         max_steps=150,
+        dev_every=25,
         warmup_steps=20,
         start_near_embeddings=True,
     ),

@@ -136,6 +136,14 @@ class Template:
                 is_start = False
         return Template.parse(text, self.fields), tokens
 
+    def fill(self, fields: Mapping[str, str], answer: str) -> str:
+        """The text of a manual prompt with everything in its place, as it stands in a demonstration."""
+        parts = []
+        for piece in self.pieces:
+            assert not isinstance(piece, int), "a demonstration is text"
+            parts.append(piece if isinstance(piece, str) else {**fields, ANSWER: answer}[piece.name])
+        return "".join(parts).strip()
+
     def render(
         self,
         fields: Mapping[str, str],

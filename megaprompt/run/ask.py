@@ -48,7 +48,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UsageError: there are no such prompts, relations or facts.
         MegapromptError: a prompt belongs to another backbone.
     """
-    prompts = load_prompts(config.prompts)
+    prompts = load_prompts(config.prompts, config.method)
     for name in config.relations:
         if name not in prompts:
             raise UsageError(f"--relations {name}: no prompt in {config.prompts}, which has {', '.join(prompts)}")
@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for name, task in tasks.items():
             template, examples = task.template(prompts[name].template), task.examples[config.split]
             at = Workplace.shared(backbone, size, World(device=backbone.device), task.objective)
-            questions = Questions(task.instances(config.split, template), task.objective)
+            questions = Questions(task.instances(config.split, template, prompts[name].before), task.objective)
             [found] = answers(at, [questions], prompts[name].vectors.to(backbone.device))
             rows[name] = {
                 "label": task.label,
@@ -93,7 +93,7 @@ def ask(config: AskConfig) -> list[tuple[str, float]]:
         UsageError: there is no prompt for the relation.
         MegapromptError: the prompt belongs to another backbone.
     """
-    prompts = load_prompts(config.prompts)
+    prompts = load_prompts(config.prompts, config.method)
     if config.relation is None and len(prompts) > 1:
         raise UsageError(f"--relation: choose one of {', '.join(prompts)}")
     name = config.relation or next(iter(prompts))
@@ -103,7 +103,8 @@ def ask(config: AskConfig) -> list[tuple[str, float]]:
     backbone = _backbone_for({name: prompt}, config.backbone, config.dtype)
     everything = torch.ones(backbone.vocabulary_size, dtype=torch.bool)
     objective = OneToken(everything, backbone.tokenization.text_of, config.top)
-    query = Template.parse(prompt.template).render({"X": config.subject}, backbone.text_encoder())
+    template, encoder = Template.parse(prompt.template), backbone.text_encoder()
+    query = template.render({"X": config.subject}, encoder, before=prompt.before)
     at = Workplace.shared(backbone, backbone.exact_size(PassSize()), World(device=backbone.device), objective)
     [found] = answers(at, [Questions([Instance((query,), 0)], objective)], prompt.vectors.to(backbone.device))
     best = [backbone.tokenization.text_of(token) for token in found["top_tokens"][0].tolist()]

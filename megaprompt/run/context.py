@@ -27,7 +27,7 @@ from megaprompt.run.directory import SCHEMA, RunDirectory
 from megaprompt.run.environment import peak_memory
 from megaprompt.run.interruption import stop_signals
 from megaprompt.run.progress import ProgressFile
-from megaprompt.run.saved_prompts import SavedPrompt
+from megaprompt.run.saved_prompts import SavedPrompt, prompt_file
 from megaprompt.run.training import one_after_the_other, train_resumably
 from megaprompt.tasks.objective import Answers
 from megaprompt.tasks.task import Split, Task
@@ -72,7 +72,9 @@ class RunContext:
     def at(self, task: Task) -> Workplace:
         return Workplace.shared(self.backbone, self.size, self.world, task.objective)
 
-    def answer(self, task: Task, template: Template, split: Split, prompt: Prompt | None = None) -> Answers:
+    def answer(
+        self, task: Task, template: Template, split: Split, prompt: Prompt | None = None, before: str = ""
+    ) -> Answers:
         head = None
         if prompt is not None and prompt.head:
             head = task.objective.new_head(self.backbone.hidden_size)
@@ -80,7 +82,7 @@ class RunContext:
             head.load_state_dict(prompt.head)
             head.to(self.backbone.device)
         vectors = None if prompt is None or not template.num_pseudo_tokens else prompt.vectors.to(self.backbone.device)
-        questions = Questions(task.instances(split, template), task.objective, head)
+        questions = Questions(task.instances(split, template, before), task.objective, head)
         return answers(self.at(task), [questions], vectors)[0]
 
     def measure(self, task: Task, split: Split, answers: Answers) -> dict[str, float]:
@@ -106,6 +108,7 @@ class RunContext:
         score = next(iter(task.objective.metrics))
         row = {"type": task.type, "facts": len(task.examples["test"]), "epochs": None, "template": template.text}
         row[f"dev_{score}"] = dev[score] if dev else None
+        row["dev"] = dict(dev) if dev else None
         return row | {name: value for name, value in more.items() if name != "diverged" or value is not None}
 
     def save(self, report: bool = True) -> None:
@@ -143,6 +146,15 @@ class RunContext:
         self.save()
         return rows
 
+    def rows(self, column: str) -> Mapping[str, dict[str, Any]]:
+        return self.results["methods"].get(column, {}).get("relations", {})
+
+    def once(self, name: str, find: Callable[[], int]) -> int:
+        if name not in self.results:
+            self.results[name] = find()
+            self.save(report=False)
+        return int(self.results[name])
+
     def baseline(self, column: str, rows: Mapping[str, dict[str, Any]]) -> None:
         self.results["methods"][column] = {"relations": rows, **summarize(rows, list(self.results["metrics"]))}
 
@@ -173,11 +185,21 @@ class RunContext:
         shown = progress(title, len(task.examples["train"]), self.world.is_main, unit)
         return one_after_the_other(method, shown, should_stop, run=self.run, world=self.world, status=self.status)
 
-    def save_prompt(self, task: Task, template: Template, learned: Learned) -> None:
+    def save_prompt(
+        self,
+        method: str,
+        task: Task,
+        template: Template,
+        dev: Mapping[str, float],
+        *,
+        before: str = "",
+        kept: Prompt | None = None,
+    ) -> None:
         if self.world.is_main:
             about = {"relation": task.name, "template": template.text, "label": task.label, "data": self.data_name}
-            prompt = SavedPrompt.of(self.backbone, learned.kept, learned.dev, about)
-            prompt.save(self.run.path / "prompts" / f"{task.name}.safetensors")
+            kept = kept or Prompt(torch.zeros(0, self.backbone.hidden_size))
+            prompt = SavedPrompt.of(self.backbone, kept, dev, about | {"before": before, "method": method})
+            prompt.save(prompt_file(self.run.path, method, task.name))
 
     def save_templates(self, name: str, templates: Mapping[str, str]) -> None:
         if self.world.is_main:

@@ -60,6 +60,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
     deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed is not None else DeepSpeedSettings()
     data = load_data(config.data)
     discrete = {name: read_discrete_prompts(path) for name, path in config.discrete_prompts().items()}
+    wordings = {} if config.wordings is None else read_discrete_prompts(config.wordings, "wordings")
     run = RunDirectory.open(config) if world.is_main else RunDirectory(config.out)
     results = world.gather(run.read_results() if config.resume else {})[0]
     if results.get("complete"):
@@ -108,7 +109,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         release=release,
     )
     del backbone  # the context lets go of it when another one is trained
-    methods = chosen_methods(config, tasks, discrete)
+    methods = chosen_methods(config, tasks, discrete, wordings)
     for method in methods:
         method.check(context)
     if world.is_main and not config.resume:  # everything that can be wrong from the start has been checked

@@ -1,4 +1,4 @@
-"""Learned prompts in files."""
+"""Prompts in files: what was learned, or chosen, for each relation."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ from megaprompt.files import write_file
 
 @dataclass(frozen=True)
 class SavedPrompt:
-    """A learned prompt as it stands in a file; the encoder that made it is not needed (paper, section 3.2)."""
+    """A prompt as it stands in a file; the encoder that made its vectors is not needed (paper, section 3.2)."""
 
     relation: str
     template: str
     backbone: str
     fingerprint: str  # of the backbone's weights
     data: str  # that it was learned with
-    vectors: Tensor  # [pseudo tokens, hidden size] float32
+    vectors: Tensor  # [pseudo tokens, hidden size] float32; none of a prompt that is text alone
     label: str = ""
+    before: str = ""  # demonstrations, which stand before the question
+    method: str = "p-tuning"
     dev: Mapping[str, float] = field(default_factory=dict)  # its metrics on dev
     head: Mapping[str, Tensor] = field(default_factory=dict)  # tensors of the head that was trained with it, if any
     path: Path = Path()
 
-    _TEXT = ("relation", "template", "backbone", "fingerprint", "data", "label")
+    _TEXT = ("relation", "template", "backbone", "fingerprint", "data", "label", "before", "method")
 
     @classmethod
     def of(cls, backbone: Backbone, kept: Prompt, dev: Mapping[str, float], about: Mapping[str, str]) -> SavedPrompt:
@@ -47,7 +49,7 @@ class SavedPrompt:
             MegapromptError: it cannot be written.
         """
         metadata = {name: getattr(self, name) for name in self._TEXT}
-        metadata |= {"format": "megaprompt prompt 2", "dev": json.dumps(dict(self.dev))}
+        metadata |= {"format": "megaprompt prompt 3", "dev": json.dumps(dict(self.dev))}
         tensors = {"prompts": self.vectors, **{f"head.{name}": value for name, value in self.head.items()}}
         write_file(path, save_safetensors({n: t.float().contiguous().cpu() for n, t in tensors.items()}, metadata))
         SavedPrompt.load(path)
@@ -65,24 +67,42 @@ class SavedPrompt:
                 head = {n.removeprefix("head."): file.get_tensor(n) for n in file.keys() if n != "prompts"}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise MegapromptError(f"{path}: cannot be read as a prompt ({error})") from error
-        if metadata.get("format") not in ("megaprompt prompt 1", "megaprompt prompt 2"):
+        if metadata.get("format") not in _FORMATS:
             raise MegapromptError(f"{path}: is not a prompt of megaprompt; give a directory that probe wrote")
-        if not vectors.numel() or not vectors.isfinite().all():
+        text = {name: metadata[name] for name in cls._TEXT if name in metadata}
+        if not vectors.isfinite().all() or (not vectors.numel() and text.get("method", "p-tuning") == "p-tuning"):
             raise MegapromptError(f"{path}: the prompt is empty or not finite; learn it again")
-        text = {name: metadata[name] for name in cls._TEXT}
         first_format = {"p_at_1": float(metadata.get("dev_p_at_1", "nan"))}
         dev = json.loads(metadata["dev"]) if "dev" in metadata else first_format
         return cls(vectors=vectors, dev=dev, head=head, path=path, **text)
 
 
-def load_prompts(directory: Path) -> dict[str, SavedPrompt]:
+_FORMATS = tuple(f"megaprompt prompt {number}" for number in (1, 2, 3))
+
+
+def prompt_file(run: Path, method: str, relation: str) -> Path:
+    """Where a run keeps what a method found for a relation."""
+    below = run / "prompts"
+    return (below if method == "p-tuning" else below / method) / f"{relation}.safetensors"
+
+
+def load_prompts(directory: Path, method: str | None = None) -> dict[str, SavedPrompt]:
     """The prompts of a run, or of a directory of prompt files, by relation.
+
+    Args:
+        method: that found them; if not given, the first of `best`, `p-tuning` and the others that a run has.
 
     Raises:
         UsageError: there are none.
     """
     below = directory / "prompts"
-    paths = sorted((below if below.is_dir() else directory).glob("*.safetensors"))
-    if not paths:
+    root = below if below.is_dir() else directory
+    folders = {"p-tuning": root, **{path.name: path for path in sorted(root.glob("*/"))}}
+    found = {name: sorted(path.glob("*.safetensors")) for name, path in folders.items()}
+    found = {name: paths for name, paths in found.items() if paths}
+    if not found:
         raise UsageError(f"--prompts {directory}: no *.safetensors there; give a run that has learned prompts")
-    return {prompt.relation: prompt for prompt in map(SavedPrompt.load, paths)}
+    name = method or next((name for name in ("best", "p-tuning") if name in found), next(iter(found)))
+    if name not in found:
+        raise UsageError(f"--method {name}: {directory} has prompts of {', '.join(found)}")
+    return {prompt.relation: prompt for prompt in map(SavedPrompt.load, found[name])}

@@ -37,7 +37,7 @@ def train_resumably(
     checkpoints = run.path / "state"
     seconds, log_size = 0.0, 0  # before this process started
     if resume and (checkpoint := load_checkpoint(checkpoints, world)) is not None:
-        trainer.restore(checkpoint.step, checkpoint.about["stopped_after"], checkpoint.read)
+        trainer.restore(checkpoint.about["training"], checkpoint.read)
         seconds, log_size = checkpoint.about["seconds"], checkpoint.about["log_size"]
     if world.is_main:
         run.truncate_log(log_size)
@@ -51,7 +51,7 @@ def train_resumably(
         nonlocal saved, pause
         before = time.monotonic()
         about: dict[str, Any] = {"seconds": seconds + before - start, "log_size": run.log_size()}
-        about |= {"stopped_after": trainer.stopped_after, "dtype": results["backbone"]["dtype"]}
+        about |= {"training": trainer.shared_state(), "dtype": results["backbone"]["dtype"]}
         save_checkpoint(checkpoints, world, trainer.step, trainer.states(), world.gather(about)[0])
         saved = time.monotonic()
         pause = max(_CHECKPOINT_SECONDS, 20 * (saved - before))

@@ -69,6 +69,8 @@ class Objective(ABC):
     """Names of metrics -> what a table calls them. The first one is the score. All are shares, best at 1."""
     selects: tuple[str, ...]
     """Which metrics choose on dev: the first decides, the others among equals. Early stopping looks at the first."""
+    few: int = 64
+    """With fewer dev examples than these, of which each moves the first metric by points, the last one decides."""
     items: str = "examples"
     """What tables call the instances."""
 
@@ -100,6 +102,10 @@ class Objective(ABC):
     @abstractmethod
     def measure(self, answers: Answers, asked: Sequence[Example] | Sequence[Instance]) -> dict[str, float]:
         """The metrics of answers, given what was asked (gold and groups); not a number if nothing was."""
+
+    def deciding(self, examples: int) -> tuple[str, ...]:
+        """`selects`, in the order in which they choose on so many dev examples."""
+        return self.selects if examples >= self.few else self.selects[::-1]
 
     def majority(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, float | None]:
         """The metrics of always giving the answer that is most frequent in train; None where that says nothing."""

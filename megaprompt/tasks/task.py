@@ -44,8 +44,9 @@ class Task:
     label: str = ""
     type: str = ""
     manual: str | None = None  # the template that came with the data
+    others: tuple[str, ...] = ()  # more wordings that came with it
     left_out: Mapping[str, int] = field(default_factory=dict)  # reason -> examples of the data that cannot be scored
-    max_tokens: int | None = None  # of a query; longer ones are cut
+    max_tokens: int | None = None  # of a query without demonstrations; longer ones are cut
 
     @property
     def places(self) -> list[str]:
@@ -86,21 +87,54 @@ class Task:
         return self.template(self.manual)
 
     @property
+    def wordings(self) -> tuple[str, ...]:
+        """All templates that came with the data."""
+        return tuple(text for text in (self.manual, *self.others) if text is not None)
+
+    def readable(self, texts: Sequence[str]) -> list[Template]:
+        """The templates, each once, that the backbone can read: a causal one reads no field behind [Y]."""
+        found = []
+        for text in dict.fromkeys(texts):
+            try:
+                template = self.template(text)
+                template.render(dict.fromkeys(self.fields, "subject"), self.encoder)
+            except UsageError:
+                continue
+            found.append(template)
+        return found
+
+    @property
     def bare_template(self) -> Template:
         """The fields alone, for a model that is trained to understand them so."""
         return self.template(" ".join([*self.places, "[Y]"]))
 
-    def instances(self, split: Split, template: Template) -> list[Instance]:
-        """The examples of one split, asked with a template.
+    def demonstrations(self, examples: Sequence[Example]) -> str:
+        """Examples with their answers in the manual prompt, one a line: text to stand before a question.
+
+        Raises:
+            MegapromptError: there is no manual prompt.
+        """
+        return "".join(f"{self.manual_template.fill(each.fields, each.answer)}\n" for each in examples)
+
+    def instances(self, split: Split, template: Template, before: str = "") -> list[Instance]:
+        """The examples of one split, asked with a template behind some text, such as demonstrations.
 
         Raises:
             UsageError: the template does not suit the backbone, or an example does not fit.
         """
-        return [self._instance(example, template) for example in self.examples[split]]
+        return [self.instance(example, template, before) for example in self.examples[split]]
 
-    def _instance(self, example: Example, template: Template) -> Instance:
+    def instance(self, example: Example, template: Template, before: str = "") -> Instance:
+        """One example, asked with a template behind some text.
+
+        Raises:
+            UsageError: as `instances`.
+        """
+        most = self.max_tokens
+        if before and most is not None:
+            most += len(self.encoder.encode(before, True))
         queries = tuple(
-            template.render(example.fields, self.encoder, answer=answer, max_tokens=self.max_tokens)
+            template.render(example.fields, self.encoder, answer=answer, before=before, max_tokens=most)
             for answer in example.candidates or (None,)
         )
         return Instance(queries, example.gold, example.group)

@@ -92,7 +92,7 @@ def test_learning_finds_the_facts_and_picks_the_best_epoch(make_backbone):
     for relation, learned in found.items():
         own = [line for line in lines if line["relation"] == relation]
         assert [line["epoch"] for line in own] == list(range(1, learned.epochs + 1))
-        best = max(own, key=lambda line: (line["dev_p_at_1"], line["dev_mrr"], -line["epoch"]))
+        best = max(own, key=lambda line: (line["dev_mrr"], line["dev_p_at_1"], -line["epoch"]))
         assert (best["epoch"], best["dev_p_at_1"]) == (learned.best_epoch, learned.dev["p_at_1"])
         assert own[-1]["train_loss"] < 0.8 * own[0]["train_loss"]
     assert found["P30"].dev["p_at_1"] >= 0.5
@@ -108,7 +108,7 @@ def test_resumed_training_equals_uninterrupted(make_backbone, stop_after, tmp_pa
         first.train(Hooks(log=log.append, should_stop=lambda: first.step == stop_after))
     torch.save(first.states(), tmp_path / "state.pt")
     second = trainer_for(backbone)
-    second.restore(first.step, first.stopped_after, torch.load(tmp_path / "state.pt", weights_only=True).get)
+    second.restore(first.shared_state(), torch.load(tmp_path / "state.pt", weights_only=True).get)
     resumed = second.train(Hooks(log=log.append))
     for relation in whole:
         assert torch.equal(whole[relation].kept.vectors, resumed[relation].kept.vectors)
@@ -120,13 +120,13 @@ def test_resumed_training_equals_uninterrupted(make_backbone, stop_after, tmp_pa
     assert timeless(log) == timeless(whole_log)
 
 
-def test_early_stopping_counts_epochs_without_a_better_p_at_1(make_backbone):
+def test_early_stopping_counts_epochs_without_a_better_score(make_backbone):
     lines = []
     recipe = Recipe(1e-12, 0.0, 1.0, batch_size=4, max_epochs=50, patience=4)  # nothing changes
     found = learn(make_backbone("gpt2"), recipe=recipe, hooks=Hooks(log=lines.append))
     assert {learned.epochs for learned in found.values()} == {5}
     for relation, learned in found.items():  # the first of equals
-        scores = [(line["dev_p_at_1"], line["dev_mrr"]) for line in lines if line["relation"] == relation]
+        scores = [(line["dev_mrr"], line["dev_p_at_1"]) for line in lines if line["relation"] == relation]
         assert learned.best_epoch == 1 + scores.index(max(scores))
 
 
@@ -170,10 +170,11 @@ def test_early_stopping_is_that_of_the_papers_code(make_backbone, seed):
     scores = [chance.choice((0.0, 0.0, 0.1, 0.2, 0.3)) * (seed > 0) for _ in range(31)]  # seed 0: never any
     learner = trainer_for(make_backbone("gpt2"), ("P36",), recipe).learners[0]
     while learner.active:
-        learner.cursor, learner.step = 8, learner.step + 1
-        score = scores[learner.epoch + 1]
-        learner.end_epoch({"p_at_1": score, "mrr": chance.random()}, lambda: learner.epoch)
-    assert (learner.best["kept"], learner.epoch) == what_the_papers_code_keeps(scores, recipe.patience, 30)
+        learner.next_batch()
+        learner.cursor, learner.step, learner.seen = 8, learner.step + 1, 8
+        epoch = learner.epoch + 1
+        learner.take_dev({"p_at_1": scores[epoch], "mrr": chance.random()}, lambda epoch=epoch: epoch)
+    assert (learner.best["kept"], learner.result().epochs) == what_the_papers_code_keeps(scores, recipe.patience, 30)
 
 
 def test_rate_rises_and_falls():
@@ -217,7 +218,7 @@ def test_a_retired_relation_stays_retired_after_resuming(make_backbone):
     with pytest.raises(Interrupted):
         first.train(Hooks(should_stop=lambda: first.step == 2))
     second = trainer_for(backbone)
-    second.restore(first.step, first.stopped_after, first.states().get)
+    second.restore(first.shared_state(), first.states().get)
     found = second.train(Hooks())
     assert found["P36"].diverged["step"] == 1
     assert found["P30"].epochs == 3
@@ -253,7 +254,7 @@ def test_without_a_loss_scale_a_resumed_run_skips_no_step(make_backbone, monkeyp
     """As an uninterrupted one: gradients are looked at for overflows only where the loss is scaled."""
     first = trainer_for(make_backbone("gpt2"))
     second = trainer_for(make_backbone("gpt2"))
-    second.restore(first.step, first.stopped_after, first.states().get)
+    second.restore(first.shared_state(), first.states().get)
     for trainer in (first, second):
 
         def overflowing(at, prompts, questions, *_):

@@ -26,7 +26,7 @@ from megaprompt.tasks.task import Example, Instance, Task
 from tests.conftest import PAIRS
 
 SUBJECTS = [subject for pairs in PAIRS.values() for subject, _ in pairs]
-EVERYTHING = ("manual", "p-tuning", "autoprompt", "fine-tuning", "manual+fine-tuning")
+EVERYTHING = ("manual", "in-context", "p-tuning", "best", "autoprompt", "fine-tuning", "manual+fine-tuning")
 
 
 class Classes(Objective):
@@ -145,7 +145,7 @@ def run(make_backbone, make_task, methods, out) -> tuple[dict, RunContext]:
         release=lambda backbone: None,
     )  # fmt: skip
     given = {name: [DiscretePrompt(task.manual), DiscretePrompt(f"{task.manual} .")] for name, task in tasks.items()}
-    chosen = chosen_methods(config, tasks, {"given": given} if "manual" in methods else {})
+    chosen = chosen_methods(config, tasks, {"given": given} if "manual" in methods else {}, {})
     for method in chosen:
         method.check(context)
     return run_methods(context, chosen), context
