@@ -38,7 +38,7 @@ class InContext:
             best, *others = chosen_demonstrations(context, task)
             before, template = best.wording.before(task), best.wording.template
             context.save_prompt("in-context", task, template, best.dev, before=before)
-            row = context.row(task, template, best.dev, **(best.wording.about or {}), shown=best.wording.shown)
+            row = context.row(task, template, best.dev, **(best.wording.about or {}), shown=list(best.wording.shown))
             row["tried"] = [each.row() for each in (best, *others)]
             return {"in-context": Scored(row, context.answer(task, template, "test", before=before))}
 
