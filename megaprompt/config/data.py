@@ -57,7 +57,8 @@ class CountConfig:
     data: str = "geonames"
     """geonames (packaged), or a directory in the LAMA layout."""
     vocab: str = "auto"
-    """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': the data's own file, if any."""
+    """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': the data's own file if it has
+    one, else the words that are objects anywhere in it."""
     backbone: str = "smollm2-135m"
     """As for `megaprompt probe`. Only its tokenizer is loaded."""
 

@@ -54,9 +54,12 @@ class ProbeConfig:
     relations: OptionalNames = ()
     """Wikidata ids such as P36,P30. All relations of the data if not given."""
     vocab: str = "auto"
-    """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': the data's own file, if any."""
+    """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': the data's own file if it has
+    one, else the words that are objects anywhere in it."""
     limit_facts: WholeOrNone = None
-    """Use at most so many facts per relation and split: the first after a shuffle that depends on the seed."""
+    """Use at most so many facts per relation and split: the first after a shuffle that depends on --data-seed."""
+    data_seed: Whole = 0
+    """For --limit-facts. Runs with another --seed keep the same facts."""
     template: str | None = None
     """Template of the learned prompts, and of those that AutoPrompt searches. If not given, that of the paper: for
     causal models <3>[X]<3>[Y], for masked ones <3>[X]<3>[Y]<3>; for AutoPrompt [X]<5>[Y], and a full stop for masked

@@ -30,10 +30,11 @@ class EvaluateConfig:
     relations: OptionalNames = ()
     """Wikidata ids; all for which there are prompts if not given."""
     vocab: str = "auto"
-    """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': the data's own file, if any."""
+    """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': the data's own file if it has
+    one, else the words that are objects anywhere in it."""
     limit_facts: WholeOrNone = None
-    """Use at most so many facts per relation: the first after a shuffle that depends on the seed."""
-    seed: Whole = 0
+    """Use at most so many facts per relation: the first after a shuffle that depends on --data-seed."""
+    data_seed: Whole = 0
     """For --limit-facts."""
     dtype: Dtype | None = None
     """Of the backbone. float32 on a CPU, bfloat16 on a GPU if not given."""

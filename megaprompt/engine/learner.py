@@ -54,7 +54,7 @@ class TrainingSet:
     @property
     def name(self) -> str:
         """Of the task, and of the candidate if there are several."""
-        return f"{self.task}.{self.candidate}" if self.candidate else self.task
+        return name_of(self.about)
 
     @property
     def about(self) -> dict[str, str]:
@@ -65,6 +65,11 @@ class TrainingSet:
         if not len(self.train) or not len(self.dev):
             items = self.objective.items
             raise MegapromptError(f"relation {self.task} needs {items} in both train and dev to learn from")
+
+
+def name_of(about: Mapping[str, Any]) -> str:
+    """The name of a training set, from `about` or a line of the log."""
+    return f"{about['relation']}.{about['candidate']}" if "candidate" in about else str(about["relation"])
 
 
 def new_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Adam:
@@ -92,6 +97,45 @@ class Prompt:
     head: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass
+class Best:
+    """What is best on dev so far.
+
+    Args:
+        deciding: names of scores; the first decides, the others among equals.
+        first: the score that decides alone where ties count as better.
+    """
+
+    deciding: tuple[str, ...]
+    first: str
+    scores: dict[str, float] = field(default_factory=dict)
+    epoch: int = 0
+    kept: Any = None
+    stale: int = 0  # how often dev was scored since the first score got better
+
+    def take(self, scores: Mapping[str, float], epoch: int, keep: Callable[[], Any], ties_are_better: bool) -> bool:
+        """Whether these scores are better; if so, they are taken, with what `keep` gives."""
+        if ties_are_better:
+            better = first_is_better = not self.scores or scores[self.first] >= self.scores[self.first]
+        else:
+            new, old = ([those.get(name, -1.0) for name in self.deciding] for those in (scores, self.scores))
+            better, first_is_better = new > old, new[0] > old[0]
+        self.stale = 0 if first_is_better else self.stale + 1
+        if better:
+            self.scores, self.epoch, self.kept = dict(scores), epoch, keep()
+        return better
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs."""
+        kept = vars(self.kept) if isinstance(self.kept, Prompt) else None
+        return {"scores": self.scores, "epoch": self.epoch, "kept": kept, "stale": self.stale}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.scores, self.epoch, self.stale = state["scores"], state["epoch"], state["stale"]
+        self.kept = None if state["kept"] is None else Prompt(**state["kept"])
+
+
 class Learner:
     """One task while it is learned. Modules may be missing: a task may have no pseudo tokens, or no head."""
 
@@ -112,8 +156,7 @@ class Learner:
         self.cursor = 0  # instances of the current epoch that were used
         self.step = 0  # finished optimizer steps
         self.loss, self.seen = 0.0, 0  # sum of losses since dev was scored, and over how many instances
-        self.best: dict[str, Any] = {"scores": {}, "epoch": 0, "kept": None}
-        self.stale = 0  # how often dev was scored since the first score was better
+        self.best = Best(data.objective.deciding(len(data.dev)), data.objective.selects[0])
         self.diverged: dict[str, Any] | None = None
         self.dropped: int | None = None
         self.active = recipe.max_epochs > 0
@@ -194,29 +237,19 @@ class Learner:
 
     def take_dev(self, scores: Mapping[str, float], keep: Callable[[], Any]) -> dict[str, Any]:
         """Take scores on dev, and what `keep` gives if they are the best so far; returns the line for the log."""
-        objective, best = self.data.objective, self.best["scores"]
-        if self.recipe.ties_are_better:
-            first = objective.selects[0]
-            better = first_is_better = not best or scores[first] >= best[first]
-        else:
-            first, *_ = deciding = objective.deciding(len(self.data.dev))
-            first_is_better = not best or scores[first] > best[first]
-            better = not best or [scores[name] for name in deciding] > [best[name] for name in deciding]
         epoch = self.epoch + 1  # the one that it is in, or that is just over
-        self.stale = 0 if first_is_better else self.stale + 1
-        if better:
-            self.best = {"scores": dict(scores), "epoch": epoch, "kept": keep()}
+        better = self.best.take(scores, epoch, keep, self.recipe.ties_are_better)
         line = {
             **self.data.about,
             "epoch": epoch,
             "train_loss": self.loss / self.seen,
-            **{f"dev_{name}": scores[name] for name in objective.selects},
+            **{f"dev_{name}": scores[name] for name in self.data.objective.selects},
             "best": better,
             "learning_rate": self.learning_rate,
             "skipped_steps": self.skipped,
         }
         self.loss, self.seen = 0.0, 0
-        self.active = self.step < self.steps and self.stale < self.recipe.patience
+        self.active = self.step < self.steps and self.best.stale < self.recipe.patience
         return line | {"stopped": not self.active}
 
     def prompt(self) -> Prompt:
@@ -227,18 +260,17 @@ class Learner:
 
     def result(self) -> Learned:
         """What was best on dev."""
-        epochs = self.epoch + (self.cursor > 0)  # also one that was not finished
-        return Learned(self.best["kept"], epochs, self.best["epoch"], self.best["scores"], self.diverged, self.dropped)
+        epochs, best = self.epoch + (self.cursor > 0), self.best  # also one that was not finished
+        return Learned(best.kept, epochs, best.epoch, best.scores, self.diverged, self.dropped)
 
     # --------------------------------------------------------------------------------------------- stop, and go on
 
-    _PROGRESS = ("epoch", "cursor", "step", "skipped", "loss", "seen", "stale", "active", "diverged", "dropped")
+    _PROGRESS = ("epoch", "cursor", "step", "skipped", "loss", "seen", "active", "diverged", "dropped")
 
     def state(self) -> dict[str, Any]:
         """Everything that `restore` needs to go on exactly; without modules and optimizer once it has stopped."""
         state = {name: getattr(self, name) for name in self._PROGRESS}
-        kept = self.best["kept"]
-        state["best"] = self.best | {"kept": vars(kept) if isinstance(kept, Prompt) else None}
+        state["best"] = self.best.state()
         state["loss_scale"] = dataclasses.asdict(self.loss_scale)
         if self.active and self.optimizer is not None:
             modules = {"encoder": self.encoder, "head": self.head}
@@ -250,8 +282,7 @@ class Learner:
         """Go on from a `state`."""
         for name in self._PROGRESS:
             setattr(self, name, state[name])
-        kept = state["best"]["kept"]
-        self.best = state["best"] | {"kept": Prompt(**kept) if kept is not None else None}
+        self.best.restore(state["best"])
         self.loss_scale = LossScale(**state["loss_scale"])
         for name, module in (("encoder", self.encoder), ("head", self.head), ("optimizer", self.optimizer)):
             if self.active and module is not None:

@@ -4,9 +4,6 @@ A *step* (see `step`) gives every task that is still active one optimizer step o
 *passes* of the backbone (see `passes`), each over instances of many tasks. With relation groups (see `schedule`) a rank
 has only the encoders of its own group's tasks, and shares gradients with the replicas of its group only.
 
-Of several candidates of a task the weaker ones on dev are dropped on the way (successive halving, arXiv 1502.07943).
-All ranks know the scores of all candidates and decide alike, so candidates of a task may be in different groups.
-
 Differences from the paper's code, on purpose: the backbone stays in evaluation mode (no dropout), so runs repeat and
 packing is exact; the loss is taken at the output just before the answer, for training and ranking alike; the test
 split is read with what was best on dev, only.
@@ -25,7 +22,8 @@ import torch
 from megaprompt.backbone import Backbone
 from megaprompt.distributed.loss_scale import NO_SCALING, LossScale
 from megaprompt.distributed.world import World
-from megaprompt.engine.learner import Learned, Learner, TrainingSet
+from megaprompt.engine.halving import Halving
+from megaprompt.engine.learner import Learned, Learner, TrainingSet, name_of
 from megaprompt.engine.passes import Questions, Workplace, answers
 from megaprompt.engine.schedule import assign
 from megaprompt.engine.step import numbered_from, train_step
@@ -64,7 +62,7 @@ class Trainer:
         world: all ranks; they make this object and call its methods together.
         groups: into how many groups of ranks the tasks are divided.
         loss_scale: with which every task starts.
-        rungs: after so many steps, at which dev is scored, at most so many candidates of a task go on.
+        rungs: after which steps how many candidates of a task go on (see `halving`).
         weights: the backbone's weights, if they are trained too, for one task alone.
         keep: what is wanted of a learner that is the best so far on dev; its prompt, if not given.
 
@@ -95,7 +93,7 @@ class Trainer:
         self.backbone, self.weights, self._keep = backbone, weights, keep
         self.at = Workplace(backbone, size, world.split(groups), world, data[0].objective.reads)
         self._batch_size = recipe.batch_size
-        self._data, self._rungs = {each.name: each for each in data}, rungs or {}
+        self._halving = Halving({each.name: each for each in data}, rungs or {})
         self._steps = {each.name: (each.recipe or recipe).steps(len(each.train)) for each in data}
         group_of = assign(list(self._steps.values()), groups)
         self.learners = [
@@ -109,10 +107,8 @@ class Trainer:
                     f"relation {learner.data.task}: its template has no pseudo tokens, nothing to learn"
                 )
         self.step = 0
-        # Known on all ranks, of all tasks and candidates: after how many steps those that are done have stopped, and
-        # the best scores on dev.
+        # Known on all ranks, of all tasks and candidates: after how many steps those that are done have stopped.
         self.stopped_after: dict[str, int] = {} if recipe.max_epochs > 0 else dict.fromkeys(self._steps, 0)
-        self.best: dict[str, dict[str, float]] = {}
 
     def train_step(self) -> list[dict[str, Any]]:
         """One optimizer step for every active task; returns log lines of this group's tasks that had to be retired."""
@@ -141,26 +137,22 @@ class Trainer:
     def _share(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Log lines of all groups, in the order of the tasks."""
         everywhere = self.at.everyone.gather(lines if self.at.world.rank == 0 else [])
-        order = {tuple(data.about.values()): name for name, data in self._data.items()}
-        named = [(order[tuple(line[k] for k in _ABOUT if k in line)], line) for part in everywhere for line in part]
-        places = list(self._steps)
-        named.sort(key=lambda each: places.index(each[0]))
-        self.stopped_after |= {name: self.step for name, line in named if line["stopped"]}
+        order = list(self._steps)
+        named = sorted(((name_of(line), line) for part in everywhere for line in part), key=lambda x: order.index(x[0]))
         for name, line in named:
-            if line.get("best"):
-                self.best[name] = {each: line[f"dev_{each}"] for each in self._data[name].objective.selects}
+            self._halving.see(name, line)
+            if line["stopped"]:
+                self.stopped_after[name] = self.step
         return [line for _, line in named]
 
-    def _drop_weak(self) -> list[dict[str, Any]]:
-        """Stop the candidates that others of their task leave behind at a rung; returns the log lines, on all ranks."""
-        weak = weaker(self._data, self.best, self._rungs[self.step])
-        running = [name for name in weak if name not in self.stopped_after]
-        self.stopped_after |= dict.fromkeys(running, self.step)
+    def _drop(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Stop candidates; returns the log lines, on all ranks."""
+        self.stopped_after |= dict.fromkeys(names, self.step)
         for learner in self.learners:
-            if learner.data.name in running:
+            if learner.data.name in names:
                 learner.drop()
-        now = {"time": time.time(), "step": self.step}
-        return [{**now, **self._data[name].about, "dropped": True, "stopped": True} for name in running]
+        about = {"time": time.time(), "step": self.step, "dropped": True, "stopped": True}
+        return [{**about, **self._halving.data[name].about} for name in names]
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -184,9 +176,8 @@ class Trainer:
             if some_ended:
                 for line in self._share(self._score_dev()):
                     hooks.log(line)
-            if self.step in self._rungs:
-                for line in self._drop_weak():
-                    hooks.log(line)
+            for line in self._drop(self._halving.weak(self.step, self.stopped_after)):
+                hooks.log(line)
             hooks.progress(*self.progress(), self.step)
             if saving or stopping:
                 hooks.save()
@@ -207,28 +198,11 @@ class Trainer:
 
     def shared_state(self) -> dict[str, Any]:
         """What else `restore` needs, the same on all ranks; ready for JSON."""
-        return {"step": self.step, "stopped_after": self.stopped_after, "best": self.best}
+        return {"step": self.step, "stopped_after": self.stopped_after, "best": self._halving.best}
 
     def restore(self, shared: Mapping[str, Any], read: Callable[[str], dict[str, Any]]) -> None:
         """Go on from a `shared_state`, on any number of ranks and groups; `read` gives the state of one task."""
-        self.step, self.stopped_after, self.best = shared["step"], dict(shared["stopped_after"]), dict(shared["best"])
+        self.step, self.stopped_after = shared["step"], dict(shared["stopped_after"])
+        self._halving.best = dict(shared["best"])
         for learner in self.learners:
             learner.restore(read(learner.data.name))
-
-
-_ABOUT = ("relation", "candidate")
-
-
-def weaker(data: Mapping[str, TrainingSet], best: Mapping[str, Mapping[str, float]], most: int) -> list[str]:
-    """Names of the candidates that do not go on where at most so many of a task do, by their best scores on dev.
-
-    Among equals those go on that stand first in `data`. Those that stay count as well.
-    """
-    weak: list[str] = []
-    for task in dict.fromkeys(each.task for each in data.values()):
-        names = [name for name, each in data.items() if each.task == task]
-        deciding = data[names[0]].objective.deciding(len(data[names[0]].dev))
-        scored = [name for name in names if name in best]
-        scored.sort(key=lambda name: [-best[name][each] for each in deciding])  # stable
-        weak += [name for name in names if name not in scored[:most] and not data[name].stays]
-    return weak

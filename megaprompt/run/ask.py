@@ -63,7 +63,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         names=tuple(prompts),
         splits=(config.split,),
         limit=config.limit_facts,
-        seed=config.seed,
+        seed=config.data_seed,
     )
     rows, size = {}, backbone.exact_size(PassSize())
     with progress("evaluate", sum(len(task.examples[config.split]) for task in tasks.values())) as update:

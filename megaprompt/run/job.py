@@ -81,7 +81,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         names=config.relations,
         splits=_splits(config, discrete),
         limit=config.limit_facts,
-        seed=config.seed,
+        seed=config.data_seed,
     )
     results = results or new_results(backbone, tasks, world, data=data.name, vocabulary=vocabulary)
     _check_same_backbone(results, backbone, run)

@@ -174,7 +174,7 @@ def test_early_stopping_is_that_of_the_papers_code(make_backbone, seed):
         learner.cursor, learner.step, learner.seen = 8, learner.step + 1, 8
         epoch = learner.epoch + 1
         learner.take_dev({"p_at_1": scores[epoch], "mrr": chance.random()}, lambda epoch=epoch: epoch)
-    assert (learner.best["kept"], learner.result().epochs) == what_the_papers_code_keeps(scores, recipe.patience, 30)
+    assert (learner.best.kept, learner.result().epochs) == what_the_papers_code_keeps(scores, recipe.patience, 30)
 
 
 def test_rate_rises_and_falls():

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(0.001, 5e-4, 0.98, batch_size=8, max_epochs=4, patience=4)
 
 
-def tuner_for(backbone, size=PassSize(), recipe=RECIPE, keep=lambda learner: learner.epoch) -> Trainer:  # noqa: B008
+def tuner_for(backbone, size=PassSize(), recipe=RECIPE, keep=lambda learner: learner.epoch + 1) -> Trainer:  # noqa: B008
     backbone.requires_grad_(True)
     facts = instances_of(backbone, Template.parse("[X] [Y]"), PAIRS["P36"])
     data = TrainingSet("P36", objective_of(backbone), 0, facts, facts)

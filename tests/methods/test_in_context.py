@@ -67,7 +67,9 @@ def test_packed_answers_equal_the_plain_forward(make_backbone, kind):
     instances = task.instances("test", task.manual_template, Wording(task.manual_template, (2, 0)).before(task))
     at = Workplace.shared(backbone, PassSize(40, 80), World(), task.objective)
     [found] = answers(at, [Questions(instances, task.objective)], None)
-    logits = plain_logits(backbone, [one.queries[0] for one in instances], torch.zeros(1, backbone.hidden_size).double())
+    logits = plain_logits(
+        backbone, [one.queries[0] for one in instances], torch.zeros(1, backbone.hidden_size).double()
+    )
     gold = torch.tensor([one.gold for one in instances])
     expected = logits.log_softmax(1).gather(1, gold[:, None])[:, 0]
     torch.testing.assert_close(found["log_probability"], expected, rtol=1e-10, atol=1e-10)
@@ -114,7 +116,7 @@ def test_only_train_is_shown_and_evaluate_and_ask_use_what_was_chosen(backbone_d
     )
     run = tmp_path / "run"
     options = ["--backbone", str(backbone_directory), "--data", str(tmp_path / "data"), "--out", str(run)]
-    assert main(["probe", *options, "--methods", "in-context"]) == 0
+    assert main(["probe", *options, "--methods", "in-context", "--vocab", "none"]) == 0
     row = json.loads((run / "results.json").read_text())["methods"]["in-context"]["relations"]["P36"]
     prompt = load_prompts(run)["P36"]
     lines = prompt.before.splitlines()
@@ -129,7 +131,9 @@ def test_only_train_is_shown_and_evaluate_and_ask_use_what_was_chosen(backbone_d
     assert main(["ask", "--prompts", str(run), splits["test"][0][0], "--top", "3"]) == 0
     first = capsys.readouterr().out.splitlines()[0]
     predictions = [json.loads(line) for line in (run / "predictions" / "P36.jsonl").read_text().splitlines()]
-    assert first.split("%")[1].strip() == next(p for p in predictions if p["subject"] == splits["test"][0][0])["top"][0][0]
+    assert (
+        first.split("%")[1].strip() == next(p for p in predictions if p["subject"] == splits["test"][0][0])["top"][0][0]
+    )
     assert main(["ask", "--prompts", str(run), "--method", "best", "Peru"]) == 2
     assert "--method best: " in capsys.readouterr().err
 

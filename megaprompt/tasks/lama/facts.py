@@ -43,6 +43,12 @@ class Data:
     relations: dict[str, Relation]
     vocabulary: Path | None = None
 
+    @property
+    def objects(self) -> list[str]:
+        """The words that are objects of any fact, sorted."""
+        facts = (fact for relation in self.relations.values() for split in SPLITS for fact in relation.facts[split])
+        return sorted({fact.object for fact in facts})
+
     def select(self, names: Sequence[str]) -> list[Relation]:
         """The relations that are asked for; all if no names.
 

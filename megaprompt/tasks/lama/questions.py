@@ -38,22 +38,28 @@ class Vocabulary:
 def load_vocabulary(option: str, data: Data, tokenization: Tokenization) -> Vocabulary:
     """The allowed tokens that the option --vocab names: a file, `none`, or `auto`.
 
+    Among all tokens a prompt without training loses to "the", so by default only words that are objects somewhere in
+    the data compete, unless the data has a vocabulary of its own.
+
     Raises:
         UsageError: the file cannot be read, or none of its words is one token.
     """
-    path = data.vocabulary if option == "auto" else None if option == "none" else Path(option)
-    if path is None:
+    if option == "none":
         allowed = torch.ones(tokenization.vocabulary_size, dtype=torch.bool)
         allowed[[i for i in tokenization.tokenizer.all_special_ids if i < len(allowed)]] = (
             False  # no answers, in any model
         )
         return Vocabulary("all tokens", allowed)
-    ids = [token for token in tokenization.single_tokens(read_vocabulary(path)) if token is not None]
+    path = data.vocabulary if option == "auto" else Path(option)
+    name = "objects of the data" if path is None else path.name
+    words = data.objects if path is None else read_vocabulary(path)
+    ids = [token for token in tokenization.single_tokens(words) if token is not None]
     if not ids:
-        raise UsageError(f"--vocab {path}: none of its words is one token of {tokenization.name}; give another file")
+        what = f"--data {data.name}: none of its objects" if path is None else f"--vocab {path}: none of its words"
+        raise UsageError(f"{what} is one token of {tokenization.name}; give --vocab another file")
     allowed = torch.zeros(tokenization.vocabulary_size, dtype=torch.bool)
     allowed[ids] = True
-    return Vocabulary(path.name, allowed)
+    return Vocabulary(name, allowed)
 
 
 def usable_facts(
@@ -62,7 +68,7 @@ def usable_facts(
     """The facts of a relation that can be asked, by split, and how many cannot, by the reason.
 
     Args:
-        limit: keep at most so many in each split, after a shuffle that depends on the seed.
+        limit: keep at most so many in each split, after a shuffle that depends on the seed of the data.
     """
     left_out = dict.fromkeys((NOT_ONE_TOKEN, NOT_IN_VOCABULARY, OVER_THE_LIMIT), 0)
     examples: dict[Split, list[Example]] = {}

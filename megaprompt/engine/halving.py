@@ -1,0 +1,47 @@
+"""Several candidates of one task: the weaker ones on dev are dropped on the way (successive halving, arXiv 1502.07943).
+
+All ranks know the scores of all candidates and decide alike, so candidates of a task may be in different groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megaprompt.engine.learner import TrainingSet
+
+
+@dataclass
+class Halving:
+    """Which candidates go on.
+
+    Args:
+        data: all candidates of all tasks, by name.
+        rungs: after so many steps, at which dev is scored, at most so many candidates of a task go on.
+    """
+
+    data: Mapping[str, TrainingSet]
+    rungs: Mapping[int, int]
+    best: dict[str, dict[str, float]] = field(default_factory=dict)  # scores on dev, by name
+
+    def see(self, name: str, line: Mapping[str, Any]) -> None:
+        """Take a line of the log."""
+        if line.get("best"):
+            self.best[name] = {each: line[f"dev_{each}"] for each in self.data[name].objective.selects}
+
+    def weak(self, step: int, stopped: Collection[str]) -> list[str]:
+        """The candidates that stop after this step, of those that have not yet. Those that stay are competitors too;
+        among equals the first ones in `data` go on."""
+        if step not in self.rungs:
+            return []
+        tasks = dict.fromkeys(each.task for each in self.data.values())
+        return [name for task in tasks for name in self._weaker(task, self.rungs[step]) if name not in stopped]
+
+    def _weaker(self, task: str, most: int) -> Iterable[str]:
+        names = [name for name, each in self.data.items() if each.task == task]
+        first = self.data[names[0]]
+        deciding = first.objective.deciding(len(first.dev))
+        scored = [name for name in names if name in self.best]
+        scored.sort(key=lambda name: [-self.best[name][each] for each in deciding])  # stable
+        return (name for name in names if name not in scored[:most] and not self.data[name].stays)
