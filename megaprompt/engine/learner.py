@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megaprompt.backbone import Backbone
 from megaprompt.distributed.loss_scale import LossScale
+from megaprompt.engine.best import Best, Learned, Prompt
 from megaprompt.errors import MegapromptError
 from megaprompt.prompting.prompt_encoder import EncoderKind, PromptEncoder, new_prompt_encoder
 from megaprompt.prompting.recipe import Recipe
@@ -75,65 +76,6 @@ def name_of(about: Mapping[str, Any]) -> str:
 def new_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Adam:
     """Adam as the recipe has it."""
     return torch.optim.Adam(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
-
-
-@dataclass
-class Learned:
-    """What training found for one task."""
-
-    kept: Any  # of the epoch that was best on dev; None if there was none
-    epochs: int  # that were trained
-    best_epoch: int
-    dev: dict[str, float]  # scores on dev of what was kept
-    diverged: dict[str, Any] | None = None  # `step` and `reason`, if it did
-    dropped: int | None = None  # the step after which other candidates were preferred, if they were
-
-
-@dataclass
-class Prompt:
-    """What prompts have learned for one task: vectors [pseudo tokens, hidden size], and the head if there is one."""
-
-    vectors: Tensor
-    head: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class Best:
-    """What is best on dev so far.
-
-    Args:
-        deciding: names of scores; the first decides, the others among equals.
-        first: the score that decides alone where ties count as better.
-    """
-
-    deciding: tuple[str, ...]
-    first: str
-    scores: dict[str, float] = field(default_factory=dict)
-    epoch: int = 0
-    kept: Any = None
-    stale: int = 0  # how often dev was scored since the first score got better
-
-    def take(self, scores: Mapping[str, float], epoch: int, keep: Callable[[], Any], ties_are_better: bool) -> bool:
-        """Whether these scores are better; if so, they are taken, with what `keep` gives."""
-        if ties_are_better:
-            better = first_is_better = not self.scores or scores[self.first] >= self.scores[self.first]
-        else:
-            new, old = ([those.get(name, -1.0) for name in self.deciding] for those in (scores, self.scores))
-            better, first_is_better = new > old, new[0] > old[0]
-        self.stale = 0 if first_is_better else self.stale + 1
-        if better:
-            self.scores, self.epoch, self.kept = dict(scores), epoch, keep()
-        return better
-
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs."""
-        kept = vars(self.kept) if isinstance(self.kept, Prompt) else None
-        return {"scores": self.scores, "epoch": self.epoch, "kept": kept, "stale": self.stale}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`."""
-        self.scores, self.epoch, self.stale = state["scores"], state["epoch"], state["stale"]
-        self.kept = None if state["kept"] is None else Prompt(**state["kept"])
 
 
 class Learner:
@@ -202,8 +144,7 @@ class Learner:
     # ---------------------------------------------------------------------------------------------------------- a step
 
     def end_step(self, losses: Tensor, overflow: bool) -> None:
-        """Take the losses [batch] of a step, and the step on the gradients that the parameters hold; it is skipped if
-        they overflowed."""
+        """Take the losses [batch] of a step, and the step on the parameters' gradients, unless they overflowed."""
         self.loss += losses.mean().item() * len(losses)
         self.seen += len(losses)
         if not overflow:

@@ -101,11 +101,8 @@ class Trainer:
             for each, group in zip(data, group_of, strict=True)
             if group == world.rank // self.at.world.size
         ]
-        for learner in self.learners:
-            if not learner.parameters and weights is None:
-                raise MegapromptError(
-                    f"relation {learner.data.task}: its template has no pseudo tokens, nothing to learn"
-                )
+        if weights is None and (idle := [each.data.task for each in self.learners if not each.parameters]):
+            raise MegapromptError(f"relation {idle[0]}: its template has no pseudo tokens, nothing to learn")
         self.step = 0
         # Known on all ranks, of all tasks and candidates: after how many steps those that are done have stopped.
         self.stopped_after: dict[str, int] = {} if recipe.max_epochs > 0 else dict.fromkeys(self._steps, 0)
@@ -147,12 +144,12 @@ class Trainer:
 
     def _drop(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Stop candidates; returns the log lines, on all ranks."""
+        about = {"time": time.time(), "step": self.step, "dropped": True, "stopped": True}
         self.stopped_after |= dict.fromkeys(names, self.step)
         for learner in self.learners:
             if learner.data.name in names:
                 learner.drop()
-        about = {"time": time.time(), "step": self.step, "dropped": True, "stopped": True}
-        return [{**about, **self._halving.data[name].about} for name in names]
+        return [dict(about, **self._halving.data[name].about) for name in names]
 
     # ------------------------------------------------------------------------------------------------------- the loop
 

@@ -25,6 +25,7 @@ class Scored(NamedTuple):
     answers: Answers | None  # on test; None if there is nothing to answer with
 
 
+Scores = Mapping[str, float]
 ShouldStop = Callable[[], bool]
 ScoreTask = Callable[[Task, ShouldStop], Mapping[str, Scored]]
 
@@ -65,9 +66,7 @@ class Context(Protocol):
     def measure(self, task: Task, split: Split, answers: Answers) -> dict[str, float]:
         """The metrics of such answers."""
 
-    def row(
-        self, task: Task, template: Template, dev: Mapping[str, float] | None = None, **more: Any
-    ) -> dict[str, Any]:
+    def row(self, task: Task, template: Template, dev: Scores | None = None, **more: Any) -> dict[str, Any]:
         """What results.json says of a task beside the metrics; `dev` are the metrics on dev."""
 
     def rows(self, column: str) -> Mapping[str, dict[str, Any]]:
@@ -105,14 +104,7 @@ class Context(Protocol):
         """Log and progress of a method that trains one task after the other, each from its start."""
 
     def save_prompt(
-        self,
-        method: str,
-        task: Task,
-        template: Template,
-        dev: Mapping[str, float],
-        *,
-        before: str = "",
-        kept: Prompt | None = None,
+        self, method: str, task: Task, template: Template, dev: Scores, *, before: str = "", kept: Prompt | None = None
     ) -> None:
         """Write what was learned or chosen to a file of its own."""
 

@@ -18,12 +18,12 @@ from megaprompt.distributed.world import World
 from megaprompt.engine.learner import Learned, Prompt
 from megaprompt.engine.passes import Questions, Workplace, answers
 from megaprompt.engine.trainer import Hooks, Interrupted, Trainer
-from megaprompt.methods.method import ScoreTask, ShouldStop
+from megaprompt.methods.method import Scores, ScoreTask, ShouldStop
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.template import Template
 from megaprompt.report.html import write_report
 from megaprompt.run.averages import summarize
-from megaprompt.run.directory import SCHEMA, RunDirectory
+from megaprompt.run.directory import RunDirectory
 from megaprompt.run.environment import peak_memory
 from megaprompt.run.interruption import stop_signals
 from megaprompt.run.progress import ProgressFile
@@ -75,12 +75,7 @@ class RunContext:
     def answer(
         self, task: Task, template: Template, split: Split, prompt: Prompt | None = None, before: str = ""
     ) -> Answers:
-        head = None
-        if prompt is not None and prompt.head:
-            head = task.objective.new_head(self.backbone.hidden_size)
-            assert head is not None
-            head.load_state_dict(prompt.head)
-            head.to(self.backbone.device)
+        head = None if prompt is None else prompt.head_for(task.objective, self.backbone)
         vectors = None if prompt is None or not template.num_pseudo_tokens else prompt.vectors.to(self.backbone.device)
         questions = Questions(task.instances(split, template, before), task.objective, head)
         return answers(self.at(task), [questions], vectors)[0]
@@ -102,9 +97,7 @@ class RunContext:
 
     # -------------------------------------------------------------------------------------------------------- results
 
-    def row(
-        self, task: Task, template: Template, dev: Mapping[str, float] | None = None, **more: Any
-    ) -> dict[str, Any]:
+    def row(self, task: Task, template: Template, dev: Scores | None = None, **more: Any) -> dict[str, Any]:
         score = next(iter(task.objective.metrics))
         row = {"type": task.type, "facts": len(task.examples["test"]), "epochs": None, "template": template.text}
         row[f"dev_{score}"] = dev[score] if dev else None
@@ -163,12 +156,8 @@ class RunContext:
         if found is None:
             return dict.fromkeys(task.objective.metrics)
         if self.world.is_main:
-            lines = [
-                {"schema": SCHEMA, "method": column, **task.objective.describe(example, found, i)}
-                for i, example in enumerate(task.examples["test"])
-            ]
-            kept = [line for line in self.run.read_predictions(task.name) if line["method"] != column]
-            self.run.write_predictions(task.name, [*kept, *lines])
+            lines = (task.objective.describe(one, found, i) for i, one in enumerate(task.examples["test"]))
+            self.run.replace_predictions(task.name, column, lines)
         return dict(self.measure(task, "test", found))
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -186,14 +175,7 @@ class RunContext:
         return one_after_the_other(method, shown, should_stop, run=self.run, world=self.world, status=self.status)
 
     def save_prompt(
-        self,
-        method: str,
-        task: Task,
-        template: Template,
-        dev: Mapping[str, float],
-        *,
-        before: str = "",
-        kept: Prompt | None = None,
+        self, method: str, task: Task, template: Template, dev: Scores, *, before: str = "", kept: Prompt | None = None
     ) -> None:
         if self.world.is_main:
             about = {"relation": task.name, "template": template.text, "label": task.label, "data": self.data_name}

@@ -88,6 +88,11 @@ class RunDirectory:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_file(self.path / "predictions" / f"{relation}.jsonl", text.encode())
 
+    def replace_predictions(self, relation: str, method: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write the lines of one method about a relation, instead of those that it has."""
+        kept = [line for line in self.read_predictions(relation) if line["method"] != method]
+        self.write_predictions(relation, [*kept, *({"schema": SCHEMA, "method": method, **line} for line in lines)])
+
     def write_templates(self, name: str, templates: Mapping[str, str]) -> None:
         """Templates that were found, by task, as `--discrete` reads them."""
         rows = ({"relation": relation, "template": template} for relation, template in templates.items())

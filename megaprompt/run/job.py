@@ -60,7 +60,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
     deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed is not None else DeepSpeedSettings()
     data = load_data(config.data)
     discrete = {name: read_discrete_prompts(path) for name, path in config.discrete_prompts().items()}
-    wordings = {} if config.wordings is None else read_discrete_prompts(config.wordings, "wordings")
+    wordings = read_discrete_prompts(config.wordings, "wordings") if config.wordings else {}
     run = RunDirectory.open(config) if world.is_main else RunDirectory(config.out)
     results = world.gather(run.read_results() if config.resume else {})[0]
     if results.get("complete"):
