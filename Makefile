@@ -1,12 +1,13 @@
 # make probe   the main job on the packaged model and data: a table and a report
 # make test    all tests          make test-fast   the unit tests only
+# make test-gpu  what only a GPU can show
 # make bench   throughput against the original algorithm and PEFT
 # make lint    ruff and mypy      make venv        only the environment      make fairseq  an oracle for tests
 PYTHON ?= python3
 OUT    ?= runs/probe
 BIN    := .venv/bin
 
-.PHONY: probe test test-fast bench lint venv tools fairseq clean
+.PHONY: probe test test-fast test-gpu bench lint venv tools fairseq clean
 
 probe: venv
 	$(BIN)/megaprompt probe --out $(OUT)
@@ -16,6 +17,9 @@ test: venv tools fairseq
 
 test-fast: venv
 	$(BIN)/python -m pytest -m "not slow"
+
+test-gpu: venv
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -rs tests/gpu
 
 bench: venv
 	$(BIN)/python benchmarks/throughput.py

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is measured is the memory of the host
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch

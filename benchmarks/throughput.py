@@ -1,10 +1,11 @@
 """Throughput of training and evaluation: megaprompt against the original algorithm and PEFT, in one interleaved run.
 
     python benchmarks/throughput.py [--relations P36,P30,P17,P47,P37] [--rounds 5] [--backbone smollm2-135m]
+                                    [--dtype float32] [--pass-tokens 1024]
 
-All three train on the same facts with the same frozen model, batch size per relation and threads, from the same
-prompt vectors, and their losses are compared. What is timed is a whole training step: prompt encoder, backbone forward
-and backward, and Adam.
+It runs on the GPU if there is one. All three train on the same facts with the same frozen model, batch size per
+relation and threads, from the same prompt vectors, and their losses are compared. What is timed is a whole training
+step: prompt encoder, backbone forward and backward, and Adam.
 
 (a) original: what the code of "GPT Understands, Too" does for every step, written anew: one relation at a time, a
     padded batch of 8, token ids made by a Python loop per sample, the embeddings of pseudo tokens put in by a Python
@@ -16,8 +17,10 @@ and backward, and Adam.
 (c) megaprompt: all relations in packed passes.
 
 Prints one JSON object. Times are medians over rounds; ratios are medians of the ratios within a round. The share of the
-peak relates the floating-point operations that megaprompt needs, counting only what it computes, to a large float32
-matrix product that is timed in the same rounds.
+peak relates the floating-point operations that megaprompt needs, counting only what it computes, to a large matrix
+product of the same precision that is timed in the same rounds; the share of the memory bandwidth relates the weights,
+which each pass must read at least once forward and once backward, to a large copy. In half precision the three do not
+rank alike, since the others' logits are rounded: then the numbers of right answers are told.
 """
 
 from __future__ import annotations
@@ -31,7 +34,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
@@ -39,12 +41,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megaprompt.backbone import Backbone, load_backbone
+from megaprompt.config import PASS_TOKENS
 from megaprompt.distributed.world import World
 from megaprompt.engine.learner import Learner, TrainingSet
 from megaprompt.engine.passes import Questions, answers
 from megaprompt.engine.step import numbered_from
 from megaprompt.engine.trainer import Trainer
-from megaprompt.prompting.packing import PassSize, pack
+from megaprompt.prompting.packing import PackedBatch, PassSize, pack
 from megaprompt.prompting.prompt_encoder import PromptEncoder
 from megaprompt.prompting.recipe import RECIPES
 from megaprompt.prompting.template import Template
@@ -73,7 +76,7 @@ class Original:
         for subject in subjects:
             ids = self.tokenizer.convert_tokens_to_ids(self.tokenizer.tokenize(" " + subject))
             rows.append(torch.LongTensor([self.pseudo] * self.spell[0] + ids + [self.pseudo] * self.spell[1]))
-        queries = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
+        queries = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.model.device)
         mask = torch.zeros_like(queries)
         for i, row in enumerate(rows):
             mask[i, : len(row)] = 1
@@ -84,13 +87,13 @@ class Original:
         replaced = self.encoder()
         for i in range(len(rows)):
             for k in range(sum(self.spell)):
-                embeddings[i, blocked[i, k], :] = replaced[k, :]
+                embeddings[i, blocked[i, k], :] = replaced[k, :].to(embeddings.dtype)
         logits = self.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits
         last = [len(row) - 1 for row in rows]
         labels = torch.full_like(queries, -100)
         for i, gold in enumerate(objects):
             labels[i, last[i]] = gold
-        loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
         order = torch.argsort(logits, dim=2, descending=True)
         right = 0
         for i, gold in enumerate(objects):
@@ -120,9 +123,12 @@ class Peft:
             encoder_dropout=0.0,
         )
         self.model = get_peft_model(backbone.model, config).eval()
+        self.model.prompt_encoder.train()  # on a GPU, LSTMs go backward only so; it has no dropout
         for parameter in self.model.prompt_encoder.parameters():
             parameter.requires_grad_(True)
-        self.tokenizer = backbone.tokenization.tokenizer
+        self.tokenizer = copy.deepcopy(backbone.tokenization.tokenizer)
+        if self.tokenizer.pad_token is None:  # as some versions of transformers read a GGUF file
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.optimizer = torch.optim.Adam(self.model.prompt_encoder.parameters(), RECIPES["fast"].learning_rate)
 
     def vectors(self) -> Tensor:
@@ -132,10 +138,12 @@ class Peft:
     def __call__(self, subjects: list[str], objects: list[int], train: bool) -> float:
         """Mean loss; one optimizer step if `train`."""
         batch = self.tokenizer([" " + subject for subject in subjects], padding=True, return_tensors="pt")
+        batch = batch.to(self.model.device)
         mask = batch["attention_mask"]
         logits = self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
         last = 6 + mask.sum(1) - 1
-        loss = cross_entropy(logits[torch.arange(len(subjects)), last], torch.tensor(objects))
+        gold = torch.tensor(objects, device=logits.device)
+        loss = cross_entropy(logits[torch.arange(len(subjects), device=gold.device), last].float(), gold)
         if train:
             loss.backward()
             self.optimizer.step()
@@ -144,9 +152,18 @@ class Peft:
 
 
 def timed(function: Callable[[], object]) -> float:
+    """Seconds, until what a GPU was given to do is done."""
+    finish()
     start = time.perf_counter()
     function()
+    finish()
     return time.perf_counter() - start
+
+
+def finish() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def asked(learners: Sequence[Learner], batches: Mapping[str, list[int]]) -> list[Questions]:
@@ -163,13 +180,27 @@ def flat(questions: Sequence[Questions]) -> list[Instance]:
     return [instance for each in questions for instance in each.instances]
 
 
-def matmul_rate(size: int = 3072) -> float:
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations per second of a large matrix product."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / min(timed(lambda: a @ b) for _ in range(3))
+    size = 8192 if device.type == "cuda" else 3072
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(lambda: a @ b) for _ in range(4))
 
 
-def operations(backbone: Backbone, batch, train: bool) -> float:
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second, read and written, of a large copy."""
+    source = torch.randn(1 << 30 if device.type == "cuda" else 1 << 26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(timed(lambda: target.copy_(source)) for _ in range(4))
+
+
+def tokens_of(batch: PackedBatch) -> Tensor:
+    """Bool [rows, positions]: where a packed batch has tokens, and not padding."""
+    own = torch.arange(batch.token_ids.shape[1]) + 1
+    return (batch.position_ids != 0) | (batch.visible_until != own)
+
+
+def operations(backbone: Backbone, batch: PackedBatch, train: bool) -> float:
     """Multiplications and additions that a packed pass needs: real tokens only, no padding, no masked scores."""
     output, config = backbone.model.get_output_embeddings(), backbone.model.config
     head = output.weight.numel()
@@ -181,11 +212,9 @@ def operations(backbone: Backbone, batch, train: bool) -> float:
         and module is not output
         and not isinstance(module, torch.nn.Embedding)
     )
-    own = torch.arange(batch.token_ids.shape[1]) + 1
-    padding = (batch.position_ids == 0) & (batch.visible_until == own)
-    real = int((~padding).sum())
-    scores = 4 * config.hidden_size * config.num_hidden_layers * int((batch.position_ids + 1)[~padding].sum())
-    forward = 2 * layers * real + scores + 2 * head * batch.targets.numel()
+    real = tokens_of(batch)
+    scores = 4 * config.hidden_size * config.num_hidden_layers * int((batch.position_ids + 1)[real].sum())
+    forward = 2 * layers * int(real.sum()) + scores + 2 * head * batch.targets.numel()
     return forward * (2 if train else 1)  # frozen weights: backward needs the gradient of the activations only
 
 
@@ -194,9 +223,14 @@ def main() -> None:
     options.add_argument("--backbone", default="smollm2-135m")
     options.add_argument("--relations", default="P36,P30,P17,P47,P37")
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options.add_argument("--pass-tokens", type=int, default=PASS_TOKENS)
     args = options.parse_args()
 
-    backbone = load_backbone(args.backbone)
+    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, args.dtype)
+    torch.backends.cudnn.allow_tf32 = False
+    size = PassSize(pass_tokens=args.pass_tokens)
+    backbone = load_backbone(args.backbone, dtype, device)
     data = load_data("geonames")
     everything = load_vocabulary("none", data, backbone.tokenization)
     relations = lama_tasks(
@@ -210,7 +244,7 @@ def main() -> None:
         for name, task in relations.items():
             train = task.instances("train", template)
             data.append(TrainingSet(name, task.objective, template.num_pseudo_tokens, train, train[:1]))
-        return Trainer(backbone, data, recipe, size=PassSize(), world=World())
+        return Trainer(backbone, data, recipe, size=size, world=World(device=device))
 
     ours, front = trainer_for(template), trainer_for(Template.parse(FRONT))
     originals = [Original(backbone, template, copy.deepcopy(learner.encoder)) for learner in ours.learners]
@@ -221,7 +255,9 @@ def main() -> None:
     pefts = [Peft(backbone) for _ in relations]
 
     times: dict[str, list[float]] = {}
-    peaks, needed, losses = [], {"train": 0.0, "evaluation": 0.0}, {"original": 0.0, "peft": 0.0}
+    peaks, bandwidths, tokens = [], [], 0
+    needed, losses = {"train": 0.0, "evaluation": 0.0}, {"original": 0.0, "peft": 0.0}
+    answered = {"original": 0, "megaprompt": 0}
     for round_number in range(args.rounds + 1):  # the first one warms up
         for learner in ours.learners:
             learner.loss, learner.seen = 0.0, 0
@@ -256,12 +292,11 @@ def main() -> None:
         )
         if round_number == 0:
             in_front = flat(asked(front.learners, batches))
-            batch = pack([instance.queries[0] for instance in in_front], 256)
+            batch = pack([instance.queries[0] for instance in in_front], 256).to(device)
             with torch.no_grad():
                 logits = backbone(batch, torch.cat(vectors))[batch.target_of_query]
-            parts = cross_entropy(
-                logits, torch.tensor([instance.gold for instance in in_front]), reduction="none"
-            ).split([len(batches[name]) for name in relations])
+            gold = torch.tensor([instance.gold for instance in in_front], device=device)
+            parts = cross_entropy(logits, gold, reduction="none").split([len(batches[name]) for name in relations])
             differences = [abs(p.mean().item() - q) / q for p, q in zip(parts, loss_peft, strict=True)]
             losses["peft"] = max(differences)
 
@@ -284,10 +319,15 @@ def main() -> None:
         )
         packed = pack([instance.queries[0] for instance in flat(questions)], ours.at.size.row_tokens)
         needed["evaluation"] = operations(backbone, packed, train=False)
-        if sum(right) != sum(int((each["rank"] == 1).sum()) for each in found):
+        tokens = int(tokens_of(packed).sum())
+        ours_right = sum(int((each["rank"] == 1).sum()) for each in found)
+        if sum(right) != ours_right and dtype == torch.float32:
             sys.exit("the original and megaprompt do not rank alike")
         if round_number:
-            peaks.append(matmul_rate())
+            answered["original"] += sum(right)
+            answered["megaprompt"] += ours_right
+            peaks.append(matmul_rate(dtype, device))
+            bandwidths.append(copy_rate(device))
             for name, seconds in counted.items():
                 times.setdefault(name, []).append(seconds)
 
@@ -296,16 +336,25 @@ def main() -> None:
         "backbone": args.backbone,
         "relations": list(relations),
         "facts per step": facts,
+        "tokens per step": tokens,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": args.dtype,
+        "pass tokens": args.pass_tokens,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rounds": args.rounds,
         "facts per second": {name: round(facts / statistics.median(t), 1) for name, t in times.items()},
+        "megaprompt's tokens per second": {},
         "times faster than original": {},
         "times faster than peft": {},
         "relative difference of first losses": losses,
+        "right answers": answered,
         "matrix product GFLOP/s": round(statistics.median(peaks) / 1e9, 1),
         "share of that peak": {},
+        "copy GB/s": round(statistics.median(bandwidths) / 1e9, 1),
+        "share of that bandwidth": {},
     }
+    weights = sum(p.nbytes for p in backbone.parameters())
     for phase, short in (("train", "train"), ("evaluation", "evaluation")):
         mine = times[f"{phase} megaprompt"]
         for other in ("original", "peft"):
@@ -313,6 +362,10 @@ def main() -> None:
             report[f"times faster than {other}"][phase] = round(ratio, 2)  # type: ignore[index]
         shares = [needed[short] / seconds / peak for seconds, peak in zip(mine, peaks, strict=True)]
         report["share of that peak"][phase] = round(statistics.median(shares), 3)  # type: ignore[index]
+        least = weights * (2 if phase == "train" else 1)
+        read = [least / seconds / rate for seconds, rate in zip(mine, bandwidths, strict=True)]
+        report["share of that bandwidth"][phase] = round(statistics.median(read), 3)  # type: ignore[index]
+        report["megaprompt's tokens per second"][phase] = round(tokens / statistics.median(mine))  # type: ignore[index]
     print(json.dumps(report, indent=1))
 
 

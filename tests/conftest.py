@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if os.environ.setdefault("DS_ACCELERATOR", "cpu") == "cpu":  # `make test-gpu` says cuda
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; and threads of processes side by side wait for each other
 
@@ -78,7 +79,7 @@ def plain_logits(backbone: Backbone, queries, prompts: torch.Tensor) -> torch.Te
     """No packing, no mask, no position ids: one forward of the transformers model per query."""
     rows = []
     for query in queries:
-        ids = torch.tensor(query.tokens)
+        ids = torch.tensor(query.tokens, device=backbone.device)
         embeddings = backbone.model.get_input_embeddings()(ids.clamp(min=0))
         embeddings = torch.where((ids < 0)[:, None], prompts[(-1 - ids).clamp(min=0)], embeddings)
         rows.append(backbone.model(inputs_embeds=embeddings[None]).logits[0, query.targets[0]])

@@ -30,6 +30,7 @@ def new_sharded(model_config: PreTrainedConfig, dtype: torch.dtype, config: dict
     prefer_cpu_without_gpu()
     import deepspeed
     from accelerate import init_empty_weights
+    from deepspeed.accelerator import get_accelerator
 
     if dtype not in PRECISION_SECTIONS:
         raise UsageError(f"--dtype {dtype}: a sharded backbone is float32, bfloat16 or float16; leave --deepspeed out")
@@ -43,8 +44,9 @@ def new_sharded(model_config: PreTrainedConfig, dtype: torch.dtype, config: dict
         model = kind.from_config(model_config, dtype=dtype)
     model.tie_weights()
     # Within zero.Init buffers (rotary frequencies) come out in the parameters' precision, which is not what they need.
+    # DeepSpeed moves no buffers of a module that was made so.
     for (_, buffer), (_, exact) in zip(model.named_buffers(), empty.named_buffers(), strict=True):
-        buffer.data = exact.to(buffer.device)
+        buffer.data = exact.to(get_accelerator().current_device_name())
     return model
 
 

@@ -164,6 +164,7 @@ def _join(force: bool) -> World:
             raise UsageError(f"local rank {local_rank} (LOCAL_RANK) has no GPU: there are {visible}; start fewer ranks")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # PyTorch lets LSTMs multiply float32 with 10 bits of mantissa
     if launch.size > 1 or force:
         values = (launch.rank, launch.size, local_rank, launch.address, launch.port)
         os.environ.update(zip(_VARIABLES, map(str, values), strict=True))

@@ -105,11 +105,13 @@ def _bytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(found.values())
 
 
-def _model(case: Case, settings: DeepSpeedSettings, world: World) -> PackedModel:
+def random_model(case: Case, settings: DeepSpeedSettings, world: World) -> PackedModel:
+    """The backbone of a case with random weights, on the device of this rank."""
     dtype, trainable = getattr(torch, case.dtype), case.method == "fine-tuning"
     config = shape_of(case.backbone)
     if settings.sharding is None:
-        model = language_model(config).from_config(config, dtype=dtype).to(world.device)
+        with world.device:  # random weights of billions take minutes on the host
+            model = language_model(config).from_config(config, dtype=dtype)
         return PackedModel(model, trainable)
     model = PackedModel(new_sharded(config, dtype, settings.sharding), trainable)
     if not trainable:
@@ -117,7 +119,7 @@ def _model(case: Case, settings: DeepSpeedSettings, world: World) -> PackedModel
     return model
 
 
-class _Steps:
+class Steps:
     """A few steps of training that fill a pass on every rank, and what the tensors take meanwhile."""
 
     def __init__(self, case: Case, model: PackedModel, settings: DeepSpeedSettings, world: World) -> None:
@@ -193,7 +195,7 @@ def measure(case: Case, world: World, out_of_memory: Path) -> dict[str, Any]:
     start = PeakMemory.now()
     began = time.monotonic()
     with PeakMemory(case.limit, out_of_memory) as memory:
-        steps = _Steps(case, _model(case, settings, world), settings, world)
+        steps = Steps(case, random_model(case, settings, world), settings, world)
         for _ in range(_STEPS):
             steps.step()
         found = steps.categories()
