@@ -153,12 +153,10 @@ class RunContext:
 
     def _measured(self, column: str, task: Task, found: Answers | None) -> dict[str, float | None]:
         """The metrics of answers on test, which are written down."""
-        if found is None:
-            return dict.fromkeys(task.objective.metrics)
-        if self.world.is_main:
+        if found is not None and self.world.is_main:
             lines = (task.objective.describe(one, found, i) for i, one in enumerate(task.examples["test"]))
             self.run.replace_predictions(task.name, column, lines)
-        return dict(self.measure(task, "test", found))
+        return dict.fromkeys(task.objective.metrics) if found is None else dict(self.measure(task, "test", found))
 
     # ------------------------------------------------------------------------------------------------------- training
 

@@ -57,7 +57,7 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
 def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str, Any]:
     if config.template is not None:
         Template.parse(config.template)  # wrong ones are told at once
-    deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed is not None else DeepSpeedSettings()
+    deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed else DeepSpeedSettings()
     data = load_data(config.data)
     discrete = {name: read_discrete_prompts(path) for name, path in config.discrete_prompts().items()}
     wordings = read_discrete_prompts(config.wordings, "wordings") if config.wordings else {}

@@ -86,6 +86,27 @@ def test_same_prompts_on_any_number_of_ranks_and_groups(alone, tmp_path, ranks, 
     assert all(bool(rank.get("gradients")) == (groups < ranks) for rank in sent)  # none where nobody shares relations
 
 
+def test_the_same_is_chosen_on_ranks_and_groups(alone, tmp_path):
+    """Candidates of one relation are in different groups, and are dropped by what all ranks know."""
+    options, _ = alone
+    options = (*options, "--methods", "best", "--relations", "P36,P30", "--max-epochs", "40", "--max-steps", "100")
+    assert run_cli("probe", *options, "--out", tmp_path / "one").returncode == 0
+    finished = run_cli(
+        "probe", *options, *ZERO3, "--relation-groups", "2", "--out", tmp_path / "two", launcher=torchrun(2)
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    one, two = (json.loads((tmp_path / run / "results.json").read_text())["methods"] for run in ("one", "two"))
+    for method in ("in-context", "best"):
+        for relation, row in one[method]["relations"].items():
+            other = two[method]["relations"][relation]
+            assert (other.get("chosen"), other.get("shown")) == (row.get("chosen"), row.get("shown"))
+            assert other["mrr"] == pytest.approx(row["mrr"], abs=1e-3)
+            dropped = [[(each.get("name"), each.get("dropped_after")) for each in r["tried"]] for r in (row, other)]
+            assert dropped[0] == dropped[1]
+    steps = {each["dropped_after"] for row in one["best"]["relations"].values() for each in row["tried"]}
+    assert steps & {25, 50, 75}  # some were dropped
+
+
 def test_nvme_offload_gives_the_same_prompts(alone, tmp_path):
     """Most of its time is the build of the operator, once on a machine."""
     options, expected = alone
