@@ -33,6 +33,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -90,6 +91,7 @@ class Original:
                 embeddings[i, blocked[i, k], :] = replaced[k, :].to(embeddings.dtype)
         logits = self.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits
         last = [len(row) - 1 for row in rows]
+        self.at_targets = logits[torch.arange(len(rows)), last].detach()
         labels = torch.full_like(queries, -100)
         for i, gold in enumerate(objects):
             labels[i, last[i]] = gold
@@ -109,19 +111,20 @@ class Original:
 
 
 class Peft:
-    """PEFT's released prompt encoder for one relation."""
+    """PEFT's released prompt encoder for one relation; if nothing else is said, shaped like megaprompt's."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, **options: Any) -> None:
         from peft import PromptEncoderConfig, PromptEncoderReparameterizationType, TaskType, get_peft_model
 
-        config = PromptEncoderConfig(
-            task_type=TaskType.CAUSAL_LM,
-            num_virtual_tokens=6,
-            encoder_reparameterization_type=PromptEncoderReparameterizationType.LSTM,
-            encoder_hidden_size=backbone.hidden_size // 2,
-            encoder_num_layers=2,
-            encoder_dropout=0.0,
-        )
+        options = options or {
+            "num_virtual_tokens": 6,
+            "encoder_reparameterization_type": PromptEncoderReparameterizationType.LSTM,
+            "encoder_hidden_size": backbone.hidden_size // 2,
+            "encoder_num_layers": 2,
+            "encoder_dropout": 0.0,
+        }
+        config = PromptEncoderConfig(task_type=TaskType.CAUSAL_LM, **options)
+        self.pseudo = config.num_virtual_tokens
         self.model = get_peft_model(backbone.model, config).eval()
         self.model.prompt_encoder.train()  # on a GPU, LSTMs go backward only so; it has no dropout
         for parameter in self.model.prompt_encoder.parameters():
@@ -141,9 +144,10 @@ class Peft:
         batch = batch.to(self.model.device)
         mask = batch["attention_mask"]
         logits = self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
-        last = 6 + mask.sum(1) - 1
+        last = self.pseudo + mask.sum(1) - 1
         gold = torch.tensor(objects, device=logits.device)
-        loss = cross_entropy(logits[torch.arange(len(subjects), device=gold.device), last].float(), gold)
+        self.at_targets = logits[torch.arange(len(subjects), device=gold.device), last]
+        loss = cross_entropy(self.at_targets.float(), gold)
         if train:
             loss.backward()
             self.optimizer.step()
