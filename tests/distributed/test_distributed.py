@@ -86,10 +86,9 @@ def test_same_prompts_on_any_number_of_ranks_and_groups(alone, tmp_path, ranks, 
     assert all(bool(rank.get("gradients")) == (groups < ranks) for rank in sent)  # none where nobody shares relations
 
 
-def test_the_same_is_chosen_on_ranks_and_groups(alone, tmp_path):
+def test_the_same_is_chosen_on_ranks_and_groups(backbone_directory, data_directory, tmp_path):
     """Candidates of one relation are in different groups, and are dropped by what all ranks know."""
-    options, _ = alone
-    options = (*options, "--methods", "best", "--relations", "P36,P30", "--max-epochs", "40", "--max-steps", "100")
+    options = ("--backbone", backbone_directory, "--data", data_directory, "--methods", "best", "--learning-rate", 3e-3)
     assert run_cli("probe", *options, "--out", tmp_path / "one").returncode == 0
     finished = run_cli(
         "probe", *options, *ZERO3, "--relation-groups", "2", "--out", tmp_path / "two", launcher=torchrun(2)
