@@ -70,9 +70,10 @@ def test_answers_are_those_of_the_cpu(backbone_of, gpu):
             Questions(instances, objective)], None)[0]
         for device in (gpu, torch.device("cpu"))
     ]  # fmt: skip
+    tolerance = 1e-6 if on_gpu.name == "llama" else 1e-9  # rotary embeddings are in float32 in every precision
     for name, values in found[0].items():
         assert values.device.type == "cpu"
-        torch.testing.assert_close(values, found[1][name], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(values, found[1][name], rtol=tolerance, atol=tolerance)
 
 
 def test_half_precision_does_not_round_the_answers(gpu, make_backbone):

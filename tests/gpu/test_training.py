@@ -22,8 +22,16 @@ def learn(backbone, device, recipe=RECIPE, **options):
     return trainer.train(Hooks())
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)], ids=str)
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance"),
+    [
+        ("gpt2", torch.float64, 1e-9),
+        ("llama", torch.float64, 1e-6),  # its rotary embeddings are in float32, whatever the model's precision
+        ("gpt2", torch.float32, 1e-3),
+        ("llama", torch.float32, 1e-3),
+    ],
+    ids=str,
+)
 def test_prompts_are_those_of_the_cpu(make_backbone, gpu, kind, dtype, tolerance):
     """Adam divides by gradients that may be small: differences of rounding grow with the steps."""
     cpu = learn(make_backbone(kind, dtype), torch.device("cpu"))
