@@ -31,6 +31,7 @@ from megaprompt.config import (
     VocabularyConfig,
     from_yaml,
 )
+from megaprompt.config.mistakes import said_of
 from megaprompt.config.options import READING, read_yaml
 from megaprompt.console import show
 from megaprompt.errors import MegapromptError
@@ -71,7 +72,7 @@ def _explain(error: BaseException, args: Sequence[str]) -> tuple[int, str]:
         case MegapromptError():
             return error.exit_code, str(error)
         case CycloptsError():
-            return 2, text
+            return 2, said_of(error)
         case KeyboardInterrupt():
             return (
                 130,

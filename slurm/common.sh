@@ -30,7 +30,7 @@ run_directory() {
 # In a job: run the probe on all tasks, survive the time limit, and continue what is already in the run's directory.
 # On a login node: check the arguments and submit SCRIPT, with the arguments that it was started with.
 probe_job() {
-  local script=$1 name=${SLURM_JOB_NAME:-$(basename "$1")} out argument started step="" code=1 time_is_up="" signalled=""
+  local script=$1 name=${SLURM_JOB_NAME:-$(basename "$1")} out started step="" code=1 time_is_up="" signalled=""
   shift
 
   # Slurm sends USR1 to this script some time before the limit (#SBATCH --signal). The ranks are told, write a
@@ -40,9 +40,6 @@ probe_job() {
 
   local arguments=(--out "$@")
   out=$(run_directory "$1" "${@:2}")
-  for argument in "$@"; do
-    [[ $argument == -h || $argument == --help ]] && usage "$script" 0
-  done
   # A start after an interruption, or after the time limit: everything that is there already is used.
   [[ -f $out/config.yaml ]] && arguments+=(--resume)
 
@@ -94,6 +91,9 @@ submit_array() {
   echo "submitted: array $array, then report $report"
 }
 
+for argument in "$@"; do
+  if [[ $argument == -h || $argument == --help ]]; then usage "$0" 0; fi
+done
 SUBMITTED=("$@") # the arguments of the script, not of a function
 PYTHON=(python3)
 site=${MEGAPROMPT_SITE:-slurm/site.env}

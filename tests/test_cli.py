@@ -133,8 +133,11 @@ BAD_OPTIONS = {
     "half an epoch": (["--max-epochs", "1.5"], 2, "--max-epochs: 1.5 is not a whole number"),
     "wrong choice": (["--encoder", "gru"], 2, 'Invalid value "gru" for --encoder. Choose from: "lstm", "mlp", "none".'),
     "no value": (["--relations"], 2, "--relations requires an argument"),
-    "too many arguments": (["P36"], 2, "P36"),
-    "negative": (["--learning-rate", "-1"], 2, "--learning-rate -1"),
+    "too many arguments": (["P36"], 2, "P36: not expected; `megaprompt probe --help` tells what may be given"),
+    "negative": (["--learning-rate", "-1"], 2, "--learning-rate -1.0: give a number above 0"),
+    "negative decay": (["--weight-decay", "-1"], 2, "--weight-decay -1.0: give 0 or more"),
+    "a word for a number": (["--learning-rate", "fast"], 2, "--learning-rate: fast is not a number"),
+    "no finite number": (["--fine-tuning-rate", "nan"], 2, "--fine-tuning-rate: nan is not a number"),
     "zero": (["--limit-facts", "0"], 2, "--limit-facts 0"),
     "missing vocabulary": (["--vocab", "nowhere.txt"], 2, "--vocab nowhere.txt: cannot be read"),
     "not a number": (["--learning-rate", "1e30"], 1, "lower the learning rate"),
@@ -152,6 +155,46 @@ def test_bad_options_give_one_line(probe, capsys, case):
     assert last.startswith("megaprompt: ")
     assert message in last
     assert "Traceback" not in error
+
+
+OTHER_COMMANDS = {
+    "report": "RUNS is missing: give the directory of a run, or of several",
+    "status": "RUN is missing: give the directory of the run",
+    "status a b": "b: not expected; `megaprompt status --help` tells",
+    "ask": "SUBJECT is missing: give what to ask about",
+    "ask Denmark": "--prompts is missing: give a run, or a directory of *.safetensors prompts",
+    "ask Denmark --prompts x --top 0": "--top 0: give a number above 0",
+    "evaluate": "--prompts is missing: give a run",
+    "evaluate --prompts": "--prompts is missing: give a run",
+    "evaluate --prompts x --split valid": 'Invalid value "valid" for --split. Choose from: "train", "dev", "test".',
+    "evaluate --prompts x --limit-facts 0": "--limit-facts 0: give a number above 0",
+    "plan": "BACKBONE is missing: give bert-base, ",
+    "plan gpt2 --chart": "--chart requires an argument; `megaprompt plan --help` tells",
+    "plan gpt2 -x": "Unknown option: -x; `megaprompt plan --help` tells",
+    "plan gpt2 --gpu-memory inf": "--gpu-memory: inf is not a number",
+    "plan no/such": "--backbone no/such: cannot be loaded",
+    "plan gpt2 --deepspeed zero4": "give a file, or one of zero3, ",
+    "memory --ranks two": "--ranks two: give numbers above 0",
+    "convert": "SOURCE is missing: give the directory with the checkpoint's parts",
+    "convert a": "OUT is missing: give a directory to write",
+    "convert a b --parts 0": "--parts 0: give a number above 0",
+    "data fetch": "SOURCE is missing: give lama (",
+    "data fetch nope": 'Invalid value "nope" for SOURCE. Choose from: "lama", ',
+    "data vocabulary --out x": "--backbones is missing: give names as for `megaprompt probe`",
+    "data count --bakbone x": "Unknown option: --bakbone. Did you mean --backbone?",
+}
+
+
+@pytest.mark.parametrize("command", OTHER_COMMANDS)
+def test_wrong_use_of_a_command_is_one_line(command, capsys):
+    from megaprompt.cli import main
+
+    assert main(command.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    [line] = printed.err.splitlines()
+    assert line.startswith("megaprompt: ")
+    assert OTHER_COMMANDS[command] in line
 
 
 def test_vocabulary_without_any_object(probe, tmp_path, capsys):

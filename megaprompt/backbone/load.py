@@ -64,10 +64,7 @@ def load_backbone(
             if missing := sorted(found["missing_keys"]):
                 raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"--backbone {spec}: cannot be loaded ({first_line(error)}); give {', '.join(_PACKAGED)}, a transformers "
-            f"directory or hub name of a causal or masked language model, or a .gguf file"
-        ) from error
+        raise UsageError(_cannot_be_loaded(f"--backbone {spec}:", error)) from error
     backbone = Backbone(model, tokenizer, spec, trainable)
     if deepspeed is None:
         return backbone.to(torch.device(device))
@@ -99,7 +96,7 @@ def load_tokenizer(spec: str) -> Tokenization:
     try:
         return Tokenization(AutoTokenizer.from_pretrained(str(Path(path).parent) if gguf else path, **gguf), spec)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"backbone {spec}: its tokenizer cannot be loaded ({first_line(error)})") from error
+        raise UsageError(_cannot_be_loaded(f"backbone {spec}: its tokenizer", error)) from error
 
 
 def read_config(spec: str) -> PreTrainedConfig:
@@ -111,7 +108,7 @@ def read_config(spec: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(_resolve(spec))
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--backbone {spec}: cannot be loaded ({first_line(error)})") from error
+        raise UsageError(_cannot_be_loaded(f"--backbone {spec}:", error)) from error
 
 
 def inspect_backbone(spec: str) -> tuple[int, str]:
@@ -125,7 +122,7 @@ def inspect_backbone(spec: str) -> tuple[int, str]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--backbone {spec}: cannot be loaded ({first_line(error)})") from error
+        raise UsageError(_cannot_be_loaded(f"--backbone {spec}:", error)) from error
     with torch.device("meta"):
         width = cast(nn.Embedding, language_model(config).from_config(config).get_input_embeddings()).embedding_dim
     text = config.get_text_config()
@@ -148,6 +145,13 @@ def inspect_backbone(spec: str) -> tuple[int, str]:
         except (OSError, SafetensorError) as error:
             raise UsageError(f"--backbone {spec}: {name} is missing or cut off ({error}); copy it again") from error
     return width, f"{about}, {size / 1e9:.2f} GB in {len(files)} file(s)"
+
+
+def _cannot_be_loaded(what: str, error: Exception) -> str:
+    return (
+        f"{what} cannot be loaded ({first_line(error)}); give {', '.join(_PACKAGED)}, a transformers directory or hub "
+        "name of a causal or masked language model, or a .gguf file"
+    )
 
 
 def _resolve(spec: str) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from cyclopts import Parameter
 
-from megaprompt.config.options import Names, Whole
+from megaprompt.config.options import Flag, Names, Whole, above_zero
 from megaprompt.errors import UsageError
 
 
@@ -18,8 +18,8 @@ class FetchConfig:
     """Download published facts into a directory for --data. Called again, it goes on where it stopped."""
 
     source: Literal["lama", "autoprompt-trex", "p-tuning-lama"] = field(kw_only=False)
-    """lama: LAMA's test facts. autoprompt-trex: AutoPrompt's train, dev and test. p-tuning-lama: the same with the
-    vocabularies of the P-tuning paper."""
+    """lama (LAMA's test facts), autoprompt-trex (AutoPrompt's train, dev and test), or p-tuning-lama (the same with the
+    vocabularies of the P-tuning paper)."""
     out: Path | None = None
     """Directory to write; data/SOURCE if not given. It must not exist."""
     url: str | None = None
@@ -38,9 +38,9 @@ class VocabularyConfig:
     """Write the words that are one token for every one of several models: a file for --vocab."""
 
     backbones: Names
-    """As for `megaprompt probe`, separated by commas. Only their tokenizers are loaded."""
+    """Names as for `megaprompt probe`, separated by commas. Only their tokenizers are loaded."""
     out: Path
-    """File to write, one word a line."""
+    """A file to write, one word a line."""
     words: Path | None = None
     """Choose only among these words, one a line, such as LAMA's common vocabulary."""
 
@@ -69,14 +69,18 @@ class ConvertConfig:
     """Convert a fairseq checkpoint, such as Megatron 11B, into a directory for --backbone, or back."""
 
     source: Path = field(kw_only=False)
-    """Directory with the checkpoint's parts (*-model_part-N.pt, or model.pt), dict.txt, encoder.json and vocab.bpe."""
+    """The directory with the checkpoint's parts (*-model_part-N.pt, or model.pt), dict.txt, encoder.json and
+    vocab.bpe."""
     out: Path = field(kw_only=False)
-    """Directory to write. It must not exist."""
+    """A directory to write. It must not exist."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """Of the converted weights; that of the checkpoint if not given."""
-    no_tokenizer: bool = False
+    """Precision of the converted weights; that of the checkpoint if not given."""
+    no_tokenizer: Flag = False
     """Convert the weights only, without encoder.json and vocab.bpe."""
-    to_fairseq: bool = False
+    to_fairseq: Flag = False
     """The other way: SOURCE is a converted directory."""
     parts: Whole = 1
     """With --to-fairseq: into how many model-parallel parts."""
+
+    def __post_init__(self) -> None:
+        above_zero(self, "parts")

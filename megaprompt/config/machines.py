@@ -8,7 +8,18 @@ from typing import Literal
 
 from cyclopts import Parameter
 
-from megaprompt.config.options import PASS_TOKENS, ROW_TOKENS, Dtype, Encoder, Names, Whole, above_zero
+from megaprompt.config.options import (
+    PASS_TOKENS,
+    ROW_TOKENS,
+    Dtype,
+    Encoder,
+    Flag,
+    Names,
+    Number,
+    NumberOrNone,
+    Whole,
+    above_zero,
+)
 from megaprompt.errors import UsageError
 
 
@@ -21,41 +32,42 @@ class PlanConfig:
     """bert-base, bert-large, roberta-base, roberta-large, gpt2, gpt2-medium, gpt2-large, gpt2-xl, megatron-11b, or a
     transformers name or directory, of which only config.json is read."""
     method: Literal["p-tuning", "fine-tuning"] = "p-tuning"
-    """manual+fine-tuning needs what fine-tuning needs."""
+    """What is trained: prompts, or the whole model. (manual+fine-tuning needs what fine-tuning needs.)"""
     deepspeed: Path | None = None
     """The DeepSpeed configuration to look at, as for `megaprompt probe`. The cheapest of ds_configs/ that fits if not
     given."""
     nodes: Whole = 1
-    """Machines."""
+    """Number of machines."""
     gpus: Whole = 1
-    """Per node, with one rank for each; 0 for nodes without GPUs, with one rank for each."""
-    gpu_memory: float = 80.0
-    """Of each GPU, in GB."""
-    host_memory: float = 256.0
-    """Of each node, in GB."""
+    """GPUs per node, with one rank for each; 0 for nodes without GPUs, with one rank per node."""
+    gpu_memory: Number = 80.0
+    """Memory of each GPU, in GB."""
+    host_memory: Number = 256.0
+    """Memory of each node, in GB."""
     dtype: Dtype | None = None
-    """Of the backbone. If not given: what the DeepSpeed configuration says, else bfloat16 on GPUs, float32 without."""
+    """Precision of the backbone. If not given: what the DeepSpeed configuration says, else bfloat16 on GPUs, float32
+    without."""
     relations: Whole = 1
-    """Whose prompts are trained at the same time; each has an encoder of its own."""
+    """Number of relations whose prompts are trained at the same time; each has an encoder of its own."""
     relation_groups: Whole = 1
-    """Into how many groups of ranks they are divided."""
+    """Number of groups of ranks among which the relations are divided."""
     template: str | None = None
-    """Its pseudo tokens count. The paper's if not given, as for `megaprompt probe`."""
+    """Template of the learned prompts; the number of its pseudo tokens counts. The paper's if not given."""
     encoder: Encoder = "lstm"
     """Prompt encoder: lstm, mlp, or none."""
     row_tokens: Whole = ROW_TOKENS
     """Width of packed rows."""
     pass_tokens: Whole = PASS_TOKENS
     """Tokens that the backbone computes at once on each rank."""
-    tflops: float | None = None
+    tflops: NumberOrNone = None
     """What each rank computes in a second, in 10^12 floating-point operations: 100 if not given, 1 without GPU."""
-    network: float | None = None
+    network: NumberOrNone = None
     """GB/s into each rank from other ranks: 12.5 if not given, 50 within a single node."""
-    pcie: float = 25.0
+    pcie: Number = 25.0
     """GB/s between each GPU and its host."""
-    disk: float = 3.0
+    disk: Number = 3.0
     """GB/s that each node reads from its local disk."""
-    json: bool = False
+    json: Flag = False
     """Print JSON instead of tables."""
     chart: Path | None = None
     """Also draw the memory of all configurations into this PNG file."""
@@ -77,25 +89,25 @@ class MemoryConfig:
     backbones: Names = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
     """As for `megaprompt plan`."""
     methods: Names = ("p-tuning", "fine-tuning")
-    """p-tuning, fine-tuning."""
+    """What is trained: p-tuning (prompts), fine-tuning (the whole model)."""
     deepspeed: Names = ("ds_configs/zero3.json", "ds_configs/zero3_cpu_offload.json")
     """DeepSpeed configurations; 'none' for PyTorch alone."""
     ranks: Names = ("1",)
     """Numbers of ranks. In a Slurm job they are started with srun, on all of its nodes, else on this machine."""
-    memory_limit: float | None = None
+    memory_limit: NumberOrNone = None
     """GB that all ranks of a node may use together; more is "out of memory". What is free, less a tenth, if not given;
     on GPUs, their memory is the limit."""
     dtype: Dtype = "float32"
-    """Of the backbone, where the DeepSpeed configuration says nothing."""
+    """Precision of the backbone, where the DeepSpeed configuration says nothing."""
     relations: Whole = 1
-    """Whose prompts are trained at the same time."""
+    """Number of relations whose prompts are trained at the same time."""
     row_tokens: Whole = 256
     """Width of packed rows."""
     pass_tokens: Whole = 256
     """Tokens that the backbone computes at once on each rank."""
     case_seconds: Whole = 3600
-    """Give a case up after so long."""
-    collect: bool = False
+    """Give up a case after this many seconds."""
+    collect: Flag = False
     """Measure nothing: put what is in --out, and in the directories in it, into one table and chart."""
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -37,6 +38,16 @@ def _whole_number(_: type, tokens: Sequence[Token]) -> int:
         raise ValueError(f"{tokens[-1].value} is not a whole number") from None
 
 
+def _number(_: type, tokens: Sequence[Token]) -> float:
+    try:
+        number = float(tokens[-1].value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{tokens[-1].value} is not a number")
+    return number
+
+
 Names = Annotated[
     tuple[str, ...],
     Parameter(converter=_split_names, n_tokens=1, metavar="A,B,..", show_default=lambda names: ",".join(names)),
@@ -45,6 +56,9 @@ Names = Annotated[
 OptionalNames = Annotated[Names, Parameter(show_default=False)]
 Whole = Annotated[int, Parameter(converter=_whole_number)]
 WholeOrNone = Annotated[int | None, Parameter(converter=_whole_number)]
+Number = Annotated[float, Parameter(converter=_number)]
+NumberOrNone = Annotated[float | None, Parameter(converter=_number)]
+Flag = Annotated[bool, Parameter(show_default=False)]
 
 READING: dict[str, Any] = {
     "default_parameter": Parameter(negative=(), allow_repeating=True),  # no --no-resume; the last --out counts

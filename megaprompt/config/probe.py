@@ -13,7 +13,10 @@ from megaprompt.config.options import (
     ROW_TOKENS,
     Dtype,
     Encoder,
+    Flag,
     Names,
+    Number,
+    NumberOrNone,
     OptionalNames,
     Whole,
     WholeOrNone,
@@ -57,7 +60,7 @@ class ProbeConfig:
     """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': the data's own file if it has
     one, else the words that are objects anywhere in it."""
     limit_facts: WholeOrNone = None
-    """Use at most so many facts per relation and split: the first after a shuffle that depends on --data-seed."""
+    """Use at most this many facts per relation and split: the first after a shuffle that depends on --data-seed."""
     data_seed: Whole = 0
     """For --limit-facts. Runs with another --seed keep the same facts."""
     template: str | None = None
@@ -70,66 +73,57 @@ class ProbeConfig:
     """With --encoder none, 'manual' starts with the embeddings of the relation's manual prompt, each of whose tokens
     becomes a pseudo token in its place (OptiPrompt); instead of --template."""
     recipe: Literal["fast", "paper"] = "fast"
-    """Preset of the six options that follow. 'paper' takes what the paper's code sets and is much slower."""
-    learning_rate: float | None = None
+    """Preset of the six options that follow. 'paper' has the settings of the paper's code and is much slower."""
+    learning_rate: NumberOrNone = None
     """Adam's learning rate."""
-    weight_decay: float | None = None
+    weight_decay: NumberOrNone = None
     """Adam's weight decay."""
     batch_size: WholeOrNone = None
     """Facts per relation and step."""
     max_epochs: WholeOrNone = None
-    """Train each relation for at most so many epochs."""
+    """Train each relation for at most this many epochs."""
     max_steps: WholeOrNone = None
-    """Train each relation for at most so many steps; the learning rate then falls linearly to zero."""
+    """Train each relation for at most this many steps; the learning rate then falls linearly to zero."""
     patience: WholeOrNone = None
-    """Stop a relation after so many epochs without a better P@1 on dev."""
+    """Stop a relation when dev was scored this many times without a better P@1: every 25 steps with the recipe 'fast',
+    else after every epoch."""
     autoprompt_steps: Whole = 100
     """Steps of AutoPrompt's search for each relation, in each of which one token may be replaced."""
-    fine_tuning_rate: float = 5e-6
+    fine_tuning_rate: Number = 5e-6
     """Adam's learning rate of the two methods that fine-tune. They take batch size, epochs, steps and patience from the
     options above where these are given, and otherwise from the paper's code."""
     seed: Whole = 0
     """Everything random follows from this number."""
     dtype: Dtype | None = None
-    """Of the backbone. If not given: what the DeepSpeed configuration says, else float32 on a CPU, bfloat16 on a GPU.
-    Prompts are always trained in float32."""
+    """Precision of the backbone. If not given: what the DeepSpeed configuration says, else bfloat16 on a GPU that
+    computes with it, float32 on others and on a CPU. Prompts are always trained in float32."""
     deepspeed: Path | None = None
     """DeepSpeed configuration, a file or one that comes with megaprompt, such as zero3 (see ds_configs/): shard the
     backbone over the ranks. Plain PyTorch if not given."""
     relation_groups: Whole = 1
-    """Divide the ranks into so many groups, each of which trains some of the relations. Does not change results."""
+    """Divide the ranks into this many groups, each of which trains some of the relations. Does not change results."""
     row_tokens: Whole = ROW_TOKENS
     """Width of packed rows. Changes speed and memory, not results."""
     pass_tokens: Whole = PASS_TOKENS
     """Tokens that the backbone computes at once on each rank. Changes speed and memory, not results."""
-    resume: bool = False
+    resume: Flag = False
     """Continue the interrupted run in the directory --out, with the options that it was started with."""
-    check: bool = False
-    """Only see whether the run could start: options, backbone, data, disk, versions. Nothing is loaded or written."""
+    check: Flag = False
+    """Only see whether the run could start: versions, options, backbone, data, disk, memory. No weights are loaded, and
+    nothing is written."""
 
     def recipe_options(self) -> dict[str, Any]:
-        """What was given for the recipe that `recipe` names.
-
-        Raises:
-            UsageError: a value makes no sense.
-        """
+        """What was given for the recipe that `recipe` names."""
         return self._given("learning_rate", "weight_decay", "batch_size", "max_epochs", "max_steps", "patience")
 
     def fine_tuning_options(self) -> dict[str, Any]:
-        """What was given for the recipe of the methods that fine-tune.
-
-        Raises:
-            UsageError: a value makes no sense.
-        """
-        given = self._given("fine_tuning_rate", "batch_size", "max_epochs", "max_steps", "patience")
-        return {"learning_rate": given.pop("fine_tuning_rate"), **given}
+        """What was given for the recipe of the methods that fine-tune."""
+        return {"learning_rate": self.fine_tuning_rate} | self._given(
+            "batch_size", "max_epochs", "max_steps", "patience"
+        )
 
     def _given(self, *names: str) -> dict[str, Any]:
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        for name, value in given.items():
-            if value < 0 or (value == 0 and name != "weight_decay"):
-                raise UsageError(f"--{name.replace('_', '-')} {value}: give a number above 0")
-        return given
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def __post_init__(self) -> None:
         for method in self.methods:
@@ -138,6 +132,9 @@ class ProbeConfig:
         above_zero(
             self, "limit_facts", "relation_groups", "row_tokens", "pass_tokens", "autoprompt_steps", "candidates"
         )
+        above_zero(self, "learning_rate", "batch_size", "max_epochs", "max_steps", "patience", "fine_tuning_rate")
+        if self.weight_decay is not None and self.weight_decay < 0:
+            raise UsageError(f"--weight-decay {self.weight_decay}: give 0 or more")
         self.discrete_prompts()
         if self.init == "manual" and (self.encoder != "none" or self.template is not None):
             raise UsageError("--init manual: give --encoder none, and no --template")

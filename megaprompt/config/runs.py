@@ -8,8 +8,7 @@ from typing import Literal
 
 from cyclopts import Parameter
 
-from megaprompt.config.options import Dtype, OptionalNames, Whole, WholeOrNone
-from megaprompt.errors import UsageError
+from megaprompt.config.options import Dtype, OptionalNames, Whole, WholeOrNone, above_zero
 
 
 @Parameter(name="*")
@@ -33,13 +32,17 @@ class EvaluateConfig:
     """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': the data's own file if it has
     one, else the words that are objects anywhere in it."""
     limit_facts: WholeOrNone = None
-    """Use at most so many facts per relation: the first after a shuffle that depends on --data-seed."""
+    """Use at most this many facts per relation: the first after a shuffle that depends on --data-seed."""
     data_seed: Whole = 0
     """For --limit-facts."""
     dtype: Dtype | None = None
-    """Of the backbone. float32 on a CPU, bfloat16 on a GPU if not given."""
+    """Precision of the backbone. If not given: bfloat16 on a GPU that computes with it, float32 on others and on a
+    CPU."""
     out: Path | None = None
     """Also write the scores to this JSON file."""
+
+    def __post_init__(self) -> None:
+        above_zero(self, "limit_facts")
 
 
 @Parameter(name="*")
@@ -60,7 +63,11 @@ class AskConfig:
     backbone: str | None = None
     """The model that the prompts were learned on; its name is in the prompts if not given."""
     dtype: Dtype | None = None
-    """Of the backbone. float32 on a CPU, bfloat16 on a GPU if not given."""
+    """Precision of the backbone. If not given: bfloat16 on a GPU that computes with it, float32 on others and on a
+    CPU."""
+
+    def __post_init__(self) -> None:
+        above_zero(self, "top")
 
 
 @Parameter(name="*")
@@ -69,14 +76,10 @@ class ReportConfig:
     """Make the report of a run again, finished or not, or join several runs on the same data into one table."""
 
     runs: tuple[Path, ...] = field(kw_only=False)
-    """Directories of runs: of other backbones, methods or seeds. A directory of runs over parts of the relations counts
-    as one run: their results are put together."""
+    """The directory of a run, or of several: of other backbones, methods or seeds. A directory of runs over parts of
+    the relations counts as one run: their results are put together."""
     out: Path | None = None
     """Directory to write the report into. If not given: that of the run, or runs/report for several."""
-
-    def __post_init__(self) -> None:
-        if not self.runs:
-            raise UsageError("RUNS: give the directory of a run, or of several")
 
 
 @Parameter(name="*")
@@ -85,4 +88,4 @@ class StatusConfig:
     """Tell how far a run is, from its progress.json."""
 
     run: Path = field(kw_only=False)
-    """Directory of the run."""
+    """The directory of the run."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megaprompt.config import find_configuration
+from megaprompt.config import find_configuration, shipped_configurations
 from megaprompt.distributed.loss_scale import LossScale
 from megaprompt.distributed.operators import prefer_cpu_without_gpu
 from megaprompt.errors import UsageError
@@ -59,7 +59,8 @@ def read_deepspeed_config(path: Path) -> DeepSpeedSettings:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{option}: cannot be read ({error})") from error
+        shipped = ", ".join(path.stem for path in shipped_configurations())
+        raise UsageError(f"{option}: cannot be read ({error}); give a file, or one of {shipped}") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"--deepspeed {path}:{error.lineno}: not valid JSON ({error.msg})") from error
     if not isinstance(config, dict):

@@ -96,10 +96,10 @@ def scores_chart(results: Mapping[str, Any]) -> Figure:
 
 
 def learning_chart(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Small multiples, one per relation: score on dev and training loss over epochs; the dot is the chosen epoch.
+    """Small multiples, one per relation: score on dev and training loss over steps; the dot is what was chosen.
 
     Args:
-        log: lines of epochs, of one method.
+        log: lines about scores on dev, of one method.
     """
     scoring = Scoring.of(results)
     lines_of: dict[str, list[Mapping[str, Any]]] = {name: [] for name in results["data"]["relations"]}
@@ -116,8 +116,8 @@ def learning_chart(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]])
     figure.subplots_adjust(left / across, bottom / down, 1 - right / across, 1 - top / down)
     figure.subplots_adjust(wspace=between / width, hspace=below / height)
     for i, (name, lines) in enumerate(lines_of.items()):
-        epochs, dev, train = (
-            np.array([line.get(key) for line in lines], dtype=float) for key in ("epoch", scoring.dev, "train_loss")
+        steps, dev, train = (
+            np.array([line.get(key) for line in lines], dtype=float) for key in ("step", scoring.dev, "train_loss")
         )
         chosen = [k for k, line in enumerate(lines) if line.get("best")][-1:]
         axes = figure.add_subplot(rows, columns, i + 1)
@@ -125,13 +125,14 @@ def learning_chart(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]])
         axes.set_zorder(1)  # the dot lies on top
         axes.patch.set_visible(False)
         of_dev = f"{scoring.heading} on dev, % (left)"
-        handles = axes.plot(epochs, 100 * dev, ".-", color=_DEV_COLOR, ms=3, lw=1.2, label=of_dev)
-        handles += loss.plot(epochs, train, ".--", color=_LOSS_COLOR, ms=3, lw=1.2, label="training loss (right)")
-        handles += axes.plot(epochs[chosen], 100 * dev[chosen], "o", color=_DEV_COLOR, label="chosen epoch")
+        handles = axes.plot(steps, 100 * dev, ".-", color=_DEV_COLOR, ms=3, lw=1.2, label=of_dev)
+        handles += loss.plot(steps, train, ".--", color=_LOSS_COLOR, ms=3, lw=1.2, label="training loss (right)")
+        handles += axes.plot(steps[chosen], 100 * dev[chosen], "o", color=_DEV_COLOR, label="chosen")
         label = results["data"]["relations"].get(name, {}).get("label", "")
         axes.set_title(textwrap.shorten(_named(name, label), 38, placeholder=" …"), fontsize=9, parse_math=False)
         axes.set_ylim(-4, 104)
         loss.set_ylim(bottom=0)
+        axes.set_xlim(0, 1.04 * steps.max())
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.tick_params(axis="x", labelsize=7)
         axes.tick_params(axis="y", colors=_DEV_COLOR, labelsize=7)
@@ -139,7 +140,7 @@ def learning_chart(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]])
         axes.spines["top"].set_visible(False)
         loss.spines["top"].set_visible(False)
         if i + columns >= len(lines_of):  # nothing stands below
-            axes.set_xlabel("epoch", fontsize=8)
+            axes.set_xlabel("step", fontsize=8)
         if i == 0:
             _plain(figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False, fontsize=9))
     return figure

@@ -225,5 +225,5 @@ def plural(number: int, thing: str) -> str:
 def divergence(method: str, relation: str, cell: Mapping[str, Any], scored: bool) -> str:
     """The sentence about a relation whose training did not go well; `cell` is its row, with `diverged`."""
     why = cell["diverged"]
-    kept = "its score is that of the best epoch before" if scored else "it has no score"
+    kept = "its score is that of the best on dev before" if scored else "it has no score"
     return f"{method}: the training of {relation} diverged at step {why['step']} ({why['reason']}); {kept}."

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from megaprompt.report.runs import Scoring, as_schema_2, divergence, known, percent, plural, points
 
-DISCRETE = ("majority", "manual", "lpaqa", "e-bert", "autoprompt")
-TRAINED = ("fine-tuning", "manual+fine-tuning", "p-tuning")
+DISCRETE = ("majority", "manual", "best-manual", "in-context", "lpaqa", "e-bert", "autoprompt")
+TRAINED = ("fine-tuning", "manual+fine-tuning", "p-tuning", "best")
 MARK = " ‡"
 """Behind scores of a relation whose training diverged, and averages over fewer relations than there are."""
 

@@ -7,7 +7,7 @@ prompts/P36.safetensors     learned prompt vectors [pseudo tokens, hidden size],
 predictions/P36.jsonl       subject, object, rank and best answers per fact and method
 state/step-00000150/        a checkpoint of training: one file per relation, and a manifest with their checksums
 autoprompt.jsonl            prompts that AutoPrompt found, for `--discrete`
-log.jsonl, tensorboard/     one line per relation and epoch
+log.jsonl, tensorboard/     one line for each time that a relation is scored on dev
 report.html, *.png          see `report`
 """
 

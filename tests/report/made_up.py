@@ -74,7 +74,14 @@ def diverge(results: dict, method: str, relation: str, score: float | None, metr
 
 
 def log_line(relation: str, epoch: int, dev: float | None, best: bool = False, loss: float | None = 1.0) -> dict:
-    return {"relation": relation, "epoch": epoch, "train_loss": loss, "dev_p_at_1": dev, "best": best}
+    return {
+        "relation": relation,
+        "step": 10 * epoch,
+        "epoch": epoch,
+        "train_loss": loss,
+        "dev_p_at_1": dev,
+        "best": best,
+    }
 
 
 def write_run(path, results, log=None):

@@ -19,7 +19,7 @@ def test_dollars_in_labels_are_no_formulas():
     assert scores.axes[0].get_yticklabels()[0].get_text() == learning.axes[0].get_title() == "P1 $a_{$"
 
 
-def test_learning_curves_mark_the_chosen_epoch(results):
+def test_learning_curves_mark_what_was_chosen(results):
     log = [
         log_line("P30", 1, 0.1, best=True),
         log_line("P36", 1, 0.25, best=True, loss=3.0),
@@ -30,8 +30,8 @@ def test_learning_curves_mark_the_chosen_epoch(results):
     figure = learning_chart(results, log)
     assert [axes.get_title() for axes in figure.axes if axes.get_title()] == ["P36 capital", "P30 p30"]
     dev, dot = figure.axes[0].lines
-    assert dev.get_xydata()[:3].tolist() == [[1, 25], [2, 50], [3, 50]]
-    assert dot.get_xydata().tolist() == [[2, 50]]
+    assert dev.get_xydata()[:3].tolist() == [[10, 25], [20, 50], [30, 50]]
+    assert dot.get_xydata().tolist() == [[20, 50]]
     loss = figure.axes[1].lines[0].get_ydata()
     assert loss[[0, 1, 3]].tolist() == [3.0, 2.0, 0.5]
 

@@ -38,7 +38,7 @@ def test_a_relation_with_prompts_from_before_keeps_their_score(tmp_path):
     assert page.rows(0)["P30"][3:] == ["40.0", "30.0\u00a0‡", "−10.0"]
     assert page.rows(0)["macro"][3:] == ["40.0", "56.7", "+16.7"]
     assert (
-        "‡ p-tuning: the training of P30 diverged at step 7 (the loss is nan); its score is that of the best epoch "
+        "‡ p-tuning: the training of P30 diverged at step 7 (the loss is nan); its score is that of the best on dev "
         "before." in page.prose()
     )
     assert "averages over" not in page.prose()

@@ -117,7 +117,7 @@ def test_a_page_of_classes_speaks_of_accuracy_and_examples(classes):
     assert [text for text, _ in first[:2]] == ["p-tuning only", "tweets"]
     assert first[2][0].startswith("text 0 of tweets")
     assert len(first[2][0]) < 250
-    assert [text for text, _ in first[3:]] == ["neutral", "bad", "neutral 90.0 %"]
+    assert [text for text, _ in first[3:]] == ["neutral", "bad", "neutral 90.0\u00a0%"]
     assert "Difference in accuracy on the same examples" in prose
     assert page.rows(4)["p-tuning − manual"][::3] == ["+33.3", "6"]
 
@@ -127,7 +127,7 @@ def test_charts_and_tables_of_classes_are_of_accuracy(classes, capsys):
     figures = _run_figures(run)
     assert figures["scores"].axes[0].get_xlabel() == "accuracy on test, %"
     curves = figures["learning_curves"]
-    assert curves.axes[0].lines[0].get_xydata().tolist() == [[1, 20], [2, 40], [3, pytest.approx(60)]]
+    assert curves.axes[0].lines[0].get_xydata().tolist() == [[5, 20], [10, 40], [15, pytest.approx(60)]]
     assert curves.legends[0].get_texts()[0].get_text() == "accuracy on dev, % (left)"
     assert "accuracy on test, %: tiny, examples" in printed(run.results)
     table = joined(classes)

@@ -1,0 +1,278 @@
+"""What the documents tell a reader to type: all of it exists, and what takes seconds is run as it stands there.
+
+Names that the documents use for models and data (gpt2-xl, path/to/lama, ...) are directories here, with small random
+models and the facts of the other tests; `...` in a command, which stands for further options, is left out, or is a
+new directory for the run.
+"""
+
+import inspect
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from cyclopts import App, CycloptsError
+
+from megaprompt.cli import app, main
+from megaprompt.errors import MegapromptError
+from tests.backbone import megatron_parts
+from tests.conftest import make_model, run_cli, write_data
+from tests.distributed.test_distributed import torchrun
+from tests.methods import test_seams
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "ds_configs" / "README.md"]
+PROGRAMS = ("make", "megaprompt", "torchrun", "srun", "mpirun", "deepspeed", "bash", "sbatch", "python")
+NOT_RUN = {
+    "megaprompt data fetch lama": "downloads; tests/tasks/test_fetch.py does it from a local server",
+    "megaprompt probe --backbone checkpoints/megatron_11b --deepspeed ds_configs/zero3_bf16.json ...": "the words of "
+    "the small checkpoint cannot answer; its logits and gradients are tested in tests/backbone/test_megatron.py",
+    "torchrun --nproc-per-node 2 -m megaprompt probe --deepspeed ds_configs/zero3.json --out runs/two-ranks": "is run "
+    "by a test of its own, with a small model",
+}
+"""Commands for megaprompt that are only parsed, and why."""
+
+
+class Fence(NamedTuple):
+    """A block between lines of three backticks."""
+
+    document: Path
+    heading: str
+    language: str
+    text: str
+
+    @property
+    def commands(self) -> list[str]:
+        """Command lines without prompt and comment; with a prompt, lines without it are what was printed."""
+        lines = [line.split(" # ")[0].strip() for line in self.text.splitlines()]
+        if any(line.startswith("$ ") for line in lines):
+            return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        return lines if lines[0].split()[0] in (*PROGRAMS, "cp") and "  " not in lines[0] else []
+
+
+def fences(path: Path) -> Iterator[Fence]:
+    heading = ""
+    for part in re.finditer(
+        r"^#+ (?P<heading>[^\n]*)|^```(?P<language>\w*)\n(?P<text>.*?)^```", path.read_text(), re.M | re.S
+    ):
+        if part["heading"]:
+            heading = part["heading"]
+        else:
+            yield Fence(path, heading, part["language"], part["text"])
+
+
+def spans(path: Path) -> list[str]:
+    """Code within sentences and tables; where a line ends in it, or `|` is escaped, as it is meant."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    return [" ".join(span.split()).replace("\\|", "|") for span in re.findall(r"`([^`]+)`", text)]
+
+
+FENCES = [fence for path in DOCUMENTS for fence in fences(path)]
+SPANS = sorted({span for path in DOCUMENTS for span in spans(path)})
+COMMANDS = [
+    *(command for fence in FENCES for command in fence.commands),
+    *(span for span in SPANS if span.split()[0] in PROGRAMS and " " in span),
+]
+
+
+def for_megaprompt(command: str) -> list[str] | None:
+    """What `megaprompt` gets of a command, by a launcher or a Slurm script too; None if it gets nothing."""
+    words = [word for word in shlex.split(command) if word != "..."]
+    if "megaprompt" in words:
+        return words[words.index("megaprompt") + 1 :]
+    scripts = [i for i, word in enumerate(words) if word.startswith("slurm/") and word.endswith(".sh")]
+    options = [word for word in words[scripts[0] :] if word.startswith("--")] if scripts else []
+    return ["probe", *words[words.index(options[0], scripts[0]) :]] if options else None
+
+
+def parse(args: Sequence[str]) -> None:
+    """As the command line does: all options must exist and their values be accepted."""
+    app.parse_args(args, exit_on_error=False, print_error=False)
+
+
+def all_commands(of: App = app, chain: tuple[str, ...] = ()) -> dict[tuple[str, ...], App]:
+    found = {}
+    for name in (name for name in of if not name.startswith("-")):
+        deeper = all_commands(of[name], (*chain, name))
+        found |= deeper or {(*chain, name): of[name]}
+    return found
+
+
+ENOUGH = {
+    ("evaluate",): ["--prompts", "x"], ("ask",): ["x", "--prompts", "x"], ("report",): ["x"], ("status",): ["x"],
+    ("plan",): ["x"], ("convert",): ["x", "x"], ("data", "fetch"): ["lama"],
+    ("data", "vocabulary"): ["--backbones", "x", "--out", "x"],
+}  # fmt: skip
+"""The least that a command needs."""
+
+
+# ----------------------------------------------------------------------------------------------------- what is named
+
+
+def test_the_documents_are_understood():
+    """So that no test below is empty by mistake."""
+    assert {fence.language for fence in FENCES} == {"", "python"}
+    assert len([args for command in COMMANDS if (args := for_megaprompt(command))]) > 20
+    assert set(NOT_RUN) <= set(COMMANDS)
+    assert ("data", "fetch") in all_commands()
+    assert set(ENOUGH) <= set(all_commands())
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if for_megaprompt(command)])
+def test_command_lines_can_be_parsed(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = for_megaprompt(command)
+    assert args is not None
+    chains = [chain for chain in all_commands() if list(chain) == args[: len(chain)]]
+    assert chains, f"there is no command {args[0]}"
+    parse([*args, *(ENOUGH.get(chains[0], []) if args == list(chains[0]) else [])])  # only named: with the least
+
+
+@pytest.mark.parametrize("span", [s for s in SPANS if (s.startswith("--") or " --" in s) and "SCRIPT" not in s])
+def test_options_in_sentences_exist(span, tmp_path, monkeypatch):
+    """Such as `--encoder lstm|mlp|none`: some command has them all, and accepts their values."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("seed: 1")
+    if span.split()[0] in PROGRAMS:
+        return parse(for_megaprompt(span) or [])
+    words = shlex.split(span)
+    names = {word for word in words if word.startswith("--")}
+    possible = {
+        chain: enough
+        for chain, command in all_commands().items()
+        if names
+        <= {"--help", *(name for argument in command.assemble_argument_collection() for name in argument.names)}
+        and (words[0].startswith("--") or words[0] == chain[-1])
+        for enough in [ENOUGH.get(chain, [])]
+    }
+    assert possible, "no command has these options"
+    if len(words) == len(names):
+        return None
+    mistakes = []
+    for chain, enough in possible.items():
+        start, given = ([*chain, *enough], words) if words[0].startswith("--") else (list(chain), words[1:])
+        try:
+            for alternative in range(max(word.count("|") for word in given) + 1):
+                parse([*start, *(word.split("|")[alternative] if "|" in word else word for word in given)])
+            return None
+        except (CycloptsError, MegapromptError) as error:
+            mistakes.append(f"{' '.join(chain)}: {error}")
+    pytest.fail("\n".join(mistakes))
+
+
+@pytest.mark.parametrize("target", sorted({c.split()[1] for c in COMMANDS if c.startswith("make ")}))
+def test_make_knows_its_targets(target):
+    subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_files_that_are_named_exist():
+    folders = {path.name for path in (*ROOT.iterdir(), *(ROOT / "megaprompt").iterdir()) if path.is_dir()}
+    words = {word for text in (*COMMANDS, *SPANS) for word in text.split()}
+    named = {word for word in words if word.split("/")[0] in folders and "/" in word and not re.search(r"[{*]", word)}
+    assert len(named) > 30
+    to_write = {"slurm/site.env", "report/", "prompts/"}
+    for word in sorted(named - to_write):
+        assert (ROOT / word).exists() or (ROOT / "megaprompt" / word).exists(), word
+
+
+def test_links_lead_somewhere():
+    for path in DOCUMENTS:
+        text = path.read_text()
+        anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", text, re.M)}
+        links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+        for link in links:
+            assert link[1:] in anchors if link.startswith("#") else (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("[!c]*.sh")), ids=lambda path: path.name)
+def test_slurm_scripts_tell_their_usage(script):
+    told = subprocess.run(["bash", script, "--help"], check=True, capture_output=True, text=True).stdout
+    assert f"bash slurm/{script.name}" in told
+
+
+# --------------------------------------------------------------------------------------------------------- what is run
+
+
+@pytest.fixture(scope="module")
+def place(tokenizer, tmp_path_factory) -> Path:
+    """A directory with what the commands name: models, data, a checkpoint of fairseq, runs."""
+    place = tmp_path_factory.mktemp("reader")
+    for i, name in enumerate(("gpt2-xl", "bert-base-cased", "roberta-large")):
+        make_model("gpt2" if i else "llama", len(tokenizer), seed=i).save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+    for name in ("path/to/lama", "data/lama", "other/facts"):
+        write_data(place / name)
+    model = megatron_parts.random_model(megatron_parts.WORDS)
+    megatron_parts.write_checkpoint(place / "megatron_11b", model, parts=8)
+    megatron_parts.write_dictionaries(place / "megatron_11b")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for name, backbone in (("x", "gpt2-xl"), ("bert", "bert-base-cased")):
+            assert main(["probe", "--backbone", backbone, "--data", "path/to/lama", "--out", f"runs/{name}"]) == 0
+        for name in ("probe", "gpt2"):
+            shutil.copytree("runs/x", f"runs/{name}")
+    return place
+
+
+RUNNABLE = [fence for fence in FENCES if any(c.startswith("megaprompt ") and c not in NOT_RUN for c in fence.commands)]
+
+
+@pytest.mark.parametrize("fence", RUNNABLE, ids=lambda fence: fence.heading)
+def test_commands_run(fence, place, monkeypatch, capsys):
+    """In their order, and if what they print is shown, it looks the same: with other words and figures if the model is
+    another one."""
+    monkeypatch.chdir(place)
+    for command in fence.commands:
+        if command.startswith("megaprompt ") and command not in NOT_RUN:
+            assert main(for_megaprompt(command.replace("...", "--out runs/new"))) == 0, command
+    shown = [line.rstrip() for line in fence.text.splitlines() if line.strip()]
+    if not shown[0].startswith("$ "):
+        return
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    if " plan " in shown[0]:
+        assert printed == shown[1:]
+    else:
+        assert len(printed) == len(shown) - 1
+        assert all(re.fullmatch(r" *\d+\.\d %  \S+", line) for line in (*printed, *shown[1:]))
+
+
+def test_a_run_has_the_files_that_are_told(place):
+    [listing] = [fence for fence in FENCES if fence.heading == "Files of a run"]
+    names = {name for line in listing.text.splitlines() for name in re.split(r", (?=[a-z*.])", line.split("  ")[0])}
+    assert "state/step-00000150/" in names
+    for name in names - {"autoprompt.jsonl", ".tex", ".csv"}:  # of another method; short for table.tex and table.csv
+        assert list((place / "runs" / "x").glob(name.replace("00000150", "*"))), name
+    assert {path.suffix for path in (place / "runs" / "x").glob("table.*")} == {".md", ".tex", ".csv"}
+
+
+def test_python_runs(place, monkeypatch, capsys):
+    """On a small model and data."""
+    monkeypatch.chdir(place)
+    [code] = [fence.text for fence in FENCES if fence.language == "python" and fence.document.name == "README.md"]
+    exec(code.replace("ProbeConfig(", "ProbeConfig(backbone='gpt2-xl', data='path/to/lama', "), {})
+    assert 0 <= float(capsys.readouterr().out) <= 1
+
+
+def test_python_of_the_architecture_is_that_of_the_tests():
+    [code] = [fence.text for fence in FENCES if fence.language == "python" and fence.document.parent.name == "docs"]
+    first, body = code.split("\n", 1)
+    source = inspect.getsource(test_seams.Continuations)
+    assert source.startswith(first)
+    assert body in source
+
+
+@pytest.mark.slow
+def test_two_ranks_run(place):
+    """With a small model and data, and few steps."""
+    [command] = [command for command in COMMANDS if command.startswith("torchrun")]
+    small = ["--backbone", "gpt2-xl", "--data", "path/to/lama", "--max-steps", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert command.split()[1:3] == ["--nproc-per-node", "2"]
+        finished = run_cli(*for_megaprompt(command), *small, launcher=torchrun(2), PYTHONPATH=str(ROOT))
+    assert finished.returncode == 0, finished.stderr
+    assert (place / "runs" / "two-ranks" / "results.json").exists()
