@@ -97,7 +97,7 @@ def ours(backbone: Backbone, tasks: dict[str, Task], size: PassSize, best: bool)
             first, *_ = choose(asking, task, wordings)
             curves[name].points.append((time.perf_counter() - start, first.dev["p_at_1"]))
             shown = first.wording.shown
-        chosen[name] = candidates(task, backbone, paper, shown, 4 if best else 1)
+        chosen[name] = candidates(task, paper, shown, 4 if best else 1)
     data = [
         one.training_set(tasks[name], recipe, "lstm", stays=one.name == PAPER)
         for name, those in chosen.items()
@@ -220,7 +220,13 @@ def main() -> None:
     data, size = load_data(args.data), PassSize()
     vocabulary = load_vocabulary("auto", data, backbone.tokenization)
     names = tuple(args.relations.split(","))
-    about: dict[str, Any] = {"names": names, "splits": ("train", "dev", "test"), "limit": args.limit_facts, "seed": 0}
+    about: dict[str, Any] = {
+        "among_allowed": True,
+        "names": names,
+        "splits": ("train", "dev", "test"),
+        "limit": args.limit_facts,
+        "seed": 0,
+    }
     tasks = lama_tasks(data, backbone, vocabulary, **about)
     allowed = vocabulary.allowed.to(device)
 

@@ -60,6 +60,9 @@ class AskConfig:
     """How many answers to print."""
     method: str | None = None
     """Whose prompts of the run: best, p-tuning, in-context. If not given: the first of these that the run has."""
+    vocab: str = "auto"
+    """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': those of the data that the prompt
+    was learned with."""
     backbone: str | None = None
     """The model that the prompts were learned on; its name is in the prompts if not given."""
     dtype: Dtype | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -65,7 +65,7 @@ class Candidate:
         )
 
 
-def candidates(task: Task, backbone: Backbone, paper: Candidate, shown: Sequence[int], most: int) -> list[Candidate]:
+def candidates(task: Task, paper: Candidate, shown: Sequence[int], most: int) -> list[Candidate]:
     """At most so many, the most useful first.
 
     Args:
@@ -73,19 +73,13 @@ def candidates(task: Task, backbone: Backbone, paper: Candidate, shown: Sequence
         shown: demonstrations that are good on dev, by their places in train; maybe none.
     """
 
-    def words(name: str, shown: Sequence[int]) -> Candidate:
-        template, tokens = task.manual_template.with_pseudo_tokens(task.encoder)
-        return Candidate(name, template, tuple(shown), backbone.embeddings(tokens))
-
     behind = f"behind-{len(shown)}"
-    makers: list[Callable[[], Candidate]] = [lambda: paper]
+    found = [paper]
+    anchors = None if task.manual is None else Candidate("anchors", task.manual_template.with_anchors())
     if shown:
-        makers.append(lambda: dataclasses.replace(paper, name=f"{PAPER}-{behind}", shown=tuple(shown)))
-    if task.manual is not None:
-        if shown:
-            makers.append(lambda: words(f"words-{behind}", shown))
-        makers.append(lambda: words("words", ()))
-    return [make() for make in makers[:most]]
+        alone = (anchors, paper) if anchors is not None else (paper,)
+        found += [dataclasses.replace(each, name=f"{each.name}-{behind}", shown=tuple(shown)) for each in alone]
+    return [*found, *([anchors] if anchors is not None else [])][:most]
 
 
 def how_many_fit(backbone: Backbone, encoder: EncoderKind, pseudo_tokens: int, tasks: int) -> int:

@@ -85,7 +85,7 @@ class PTuning:
         most = context.once("candidates", lambda: self.most or fitting())
         tried = context.rows("in-context")
         return {
-            name: candidates(task, context.backbone, paper[name], _shown(context, task, tried[name]), most)
+            name: candidates(task, paper[name], _shown(context, task, tried[name]), most)
             for name, task in context.tasks.items()
         }
 

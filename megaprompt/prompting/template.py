@@ -136,6 +136,19 @@ class Template:
                 is_start = False
         return Template.parse(text, self.fields), tokens
 
+    def with_anchors(self) -> Template:
+        """A manual prompt with pseudo tokens between: one before it and on both sides of every field, two before [Y].
+
+        The words stay as anchors (paper, section 3.2).
+        """
+        text = "<1>"
+        for piece in self.pieces:
+            if isinstance(piece, Place):
+                text += f"<2>{piece}" if piece.name == ANSWER else f"<1>{piece}<1>"
+            else:
+                text += str(piece)
+        return Template.parse(text, self.fields)
+
     def fill(self, fields: Mapping[str, str], answer: str) -> str:
         """The text of a manual prompt with everything in its place, as it stands in a demonstration."""
         parts = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megaprompt.backbone import Backbone, dtype_of, load_backbone
 from megaprompt.config import AskConfig, EvaluateConfig
@@ -17,10 +19,13 @@ from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.template import Template
 from megaprompt.run.averages import summarize
 from megaprompt.run.saved_prompts import SavedPrompt, load_prompts
-from megaprompt.tasks.lama.facts import load_data
+from megaprompt.tasks.lama.facts import Data, load_data
 from megaprompt.tasks.lama.one_token import OneToken
 from megaprompt.tasks.lama.questions import lama_tasks, load_vocabulary
 from megaprompt.tasks.task import Instance
+
+
+logger = logging.getLogger(__name__)
 
 
 def _backbone_for(prompts: Mapping[str, SavedPrompt], name: str | None, dtype: str | None) -> Backbone:
@@ -87,7 +92,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def ask(config: AskConfig) -> list[tuple[str, float]]:
-    """The best answers about one subject, with their probabilities among all tokens.
+    """The best answers about one subject, with their probabilities among the allowed ones.
 
     Raises:
         UsageError: there is no prompt for the relation.
@@ -101,11 +106,22 @@ def ask(config: AskConfig) -> list[tuple[str, float]]:
         raise UsageError(f"--relation {name}: no prompt in {config.prompts}, which has {', '.join(prompts)}")
     prompt = prompts[name]
     backbone = _backbone_for({name: prompt}, config.backbone, config.dtype)
-    everything = torch.ones(backbone.vocabulary_size, dtype=torch.bool)
-    objective = OneToken(everything, backbone.tokenization.text_of, config.top)
+    objective = OneToken(_allowed(config.vocab, prompt, backbone), backbone.tokenization.text_of, config.top)
     template, encoder = Template.parse(prompt.template), backbone.text_encoder()
     query = template.render({"X": config.subject}, encoder, before=prompt.before)
     at = Workplace.shared(backbone, backbone.exact_size(PassSize()), World(device=backbone.device), objective)
     [found] = answers(at, [Questions([Instance((query,), 0)], objective)], prompt.vectors.to(backbone.device))
     best = [backbone.tokenization.text_of(token) for token in found["top_tokens"][0].tolist()]
     return list(zip(best, found["top_log_probability"][0].exp().tolist(), strict=True))
+
+
+def _allowed(option: str, prompt: SavedPrompt, backbone: Backbone) -> Tensor:
+    """Bool [vocabulary]: the answers that a prompt was learned or chosen among, where its data is still there."""
+    try:
+        data = load_data(prompt.data)
+    except UsageError as error:
+        if option == "auto":
+            logger.warning("%s; answering among all tokens", error)
+            option = "none"
+        data = Data(prompt.data, {})
+    return load_vocabulary(option, data, backbone.tokenization).allowed

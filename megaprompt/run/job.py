@@ -25,6 +25,7 @@ from megaprompt.methods import Prompts, chosen_methods
 from megaprompt.methods.discrete import read_discrete_prompts
 from megaprompt.methods.method import Method
 from megaprompt.prompting.packing import PassSize
+from megaprompt.prompting.recipe import RECIPES
 from megaprompt.prompting.template import Template
 from megaprompt.run.context import RunContext
 from megaprompt.run.directory import SCHEMA, RunDirectory
@@ -82,6 +83,7 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         splits=_splits(config, discrete),
         limit=config.limit_facts,
         seed=config.data_seed,
+        among_allowed=RECIPES[config.recipe].among_allowed,
     )
     results = results or new_results(backbone, tasks, world, data=data.name, vocabulary=vocabulary)
     _check_same_backbone(results, backbone, run)

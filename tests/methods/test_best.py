@@ -95,8 +95,8 @@ def test_what_is_best_on_dev_is_chosen(options, tmp_path):
     alone = probe(options(tmp_path / "alone", methods=("p-tuning",)))["methods"]["p-tuning"]
     for relation, row in methods["best"]["relations"].items():
         tried = {each["name"]: each for each in row["tried"]}
-        assert set(tried) >= {"manual", "in-context", "paper", "words"}
-        assert any(name.startswith("words-behind-") for name in tried)
+        assert set(tried) >= {"manual", "in-context", "paper", "anchors"}
+        assert any(name.startswith("anchors-behind-") for name in tried)
         few_facts = {name: (each["mrr"], each["p_at_1"]) for name, each in tried.items()}
         assert few_facts[row["chosen"]] == max(few_facts.values())
         column = row["chosen"] if row["chosen"] in methods else "p-tuning" if row["chosen"] == "paper" else None
@@ -108,7 +108,7 @@ def test_what_is_best_on_dev_is_chosen(options, tmp_path):
     prompts = load_prompts(tmp_path / "run")
     assert {prompt.method for prompt in prompts.values()} == {"best"}
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert {line.get("candidate", "paper") for line in log} >= {"paper", "words"}
+    assert {line.get("candidate", "paper") for line in log} >= {"paper", "anchors"}
     assert "in-context" in (tmp_path / "run" / "report.html").read_text()
 
 

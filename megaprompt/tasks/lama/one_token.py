@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from megaprompt.tasks.objective import Answers, Objective, Outputs
 
@@ -29,11 +30,14 @@ class OneToken(Objective):
         allowed: bool [vocabulary], on the CPU.
         text_of: what a token stands for.
         top: how many of the best answers are told.
+        among_allowed: whether learning, too, looks at the allowed tokens only. They are all that answers are ranked
+            among; the paper's loss also pushes down all others.
     """
 
     allowed: Tensor
     text_of: Callable[[int], str]
     top: int = 10
+    among_allowed: bool = False
 
     metrics = {"p_at_1": "P@1", "p_at_10": "P@10", "mrr": "MRR"}  # noqa: RUF012 (constant)
     # Among equal P@1, which are frequent on few facts, the better ranking is kept.
@@ -44,9 +48,15 @@ class OneToken(Objective):
         """Logits [facts, vocabulary]."""
         return outputs.at_targets()[:, : len(self.allowed)]
 
+    def loss(self, outputs: Outputs, gold: Tensor, head: nn.Module | None) -> Tensor:
+        scores = self.scores(outputs, head)
+        if self.among_allowed:
+            scores = scores.masked_fill(~self.allowed.to(scores.device), -torch.inf)
+        return cross_entropy(scores, gold, reduction="none")
+
     def blank(self, instances: int) -> Answers:
-        """Of each fact the `rank` of its object among the allowed tokens (1 is best) and its `log_probability` among
-        all; `top_tokens` [facts, k] the best allowed ones, best first, and their `top_log_probability` among all."""
+        """Of each fact, among the allowed tokens, the `rank` of its object (1 is best) and its `log_probability`, the
+        best `top_tokens` [facts, k], and their `top_log_probability`."""
         top = min(self.top, int(self.allowed.sum()))
         return {
             "rank": torch.zeros(instances, dtype=torch.int64),
@@ -60,10 +70,11 @@ class OneToken(Objective):
         step = max(1, _ELEMENTS // max(1, scores.shape[1]))
         for part in (slice(start, start + step) for start in range(0, len(scores), step)):
             rows, ids = scores[part], gold[part]
-            normalizer = rows.logsumexp(1, keepdim=True)
+            among = rows.masked_fill(~allowed, -torch.inf)
+            normalizer = among.logsumexp(1, keepdim=True)
             answers["rank"][part] = rank_of_gold(rows, ids, allowed).cpu()
             answers["log_probability"][part] = (rows.gather(1, ids[:, None]) - normalizer)[:, 0].double().cpu()
-            best = rows.masked_fill(~allowed, -torch.inf).topk(answers["top_tokens"].shape[1], dim=1)
+            best = among.topk(answers["top_tokens"].shape[1], dim=1)
             answers["top_tokens"][part] = best.indices.cpu()
             answers["top_log_probability"][part] = (best.values - normalizer).double().cpu()
         return answers

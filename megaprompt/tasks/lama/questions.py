@@ -99,15 +99,22 @@ def lama_tasks(
     splits: Sequence[Split],
     limit: int | None,
     seed: int,
+    among_allowed: bool = False,
 ) -> dict[str, Task]:
     """The relations that are asked for (all if no names), with usable facts in all of `splits`.
+
+    Args:
+        among_allowed: see `OneToken`.
 
     Raises:
         UsageError: a relation is unknown.
         MegapromptError: a relation that was asked for has no facts in the data or none that is usable, or none has.
     """
     tasks: dict[str, Task] = {}
-    objective, encoder = OneToken(vocabulary.allowed, backbone.tokenization.text_of), backbone.text_encoder()
+    objective, encoder = (
+        OneToken(vocabulary.allowed, backbone.tokenization.text_of, among_allowed=among_allowed),
+        backbone.text_encoder(),
+    )
     for relation in data.select(names):
         name = relation.id
         examples, left_out = usable_facts(relation, backbone.tokenization, vocabulary, limit, seed)
