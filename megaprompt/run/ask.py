@@ -24,7 +24,6 @@ from megaprompt.tasks.lama.one_token import OneToken
 from megaprompt.tasks.lama.questions import lama_tasks, load_vocabulary
 from megaprompt.tasks.task import Instance
 
-
 logger = logging.getLogger(__name__)
 
 
