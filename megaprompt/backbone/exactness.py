@@ -8,6 +8,9 @@ a prefix at the beginning of a row and a branch at its end, so the row that is t
 What is compared are log-probabilities in float32, less their mean over the vocabulary: only differences between tokens
 matter, and large logits would hide them. In half precision rounding alone makes a difference, the more the deeper the
 model. Rows of one query, which are computed without any trick, tell how much; packing may add little to that.
+
+Going on from known keys and values (see `prompting.trunks`) is tried in the same way, with many between a trunk and the
+row, as there are with long trunks.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from megaprompt.backbone.known import KeysValues, Known
 from megaprompt.backbone.packed import PackedModel
 from megaprompt.errors import MegapromptError, first_line
 from megaprompt.prompting.packing import PassSize, pack
 from megaprompt.prompting.template import Query
+from megaprompt.prompting.trunks import Trunk, trunks_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,8 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.004, to
 _LIMIT = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.1}
 """The largest error that rounding may explain. (Measured: 0.039 in bfloat16 with 30 layers.)"""
 _TRUNK = 4  # tokens that all queries begin with
+_CUTS = (2, 3)  # within them, where keys and values are tried
+_BETWEEN = 4  # rows' widths of keys that nobody sees
 _BRANCHES = (3, 9, 5, 14, 7)  # tokens behind them, in turn
 
 
@@ -42,7 +49,7 @@ class _Text(NamedTuple):
 
 @torch.no_grad()
 def exact_size(model: PackedModel, size: PassSize, about: str, mask: int | None) -> PassSize:
-    """The size of passes that a model computes exactly: `size`, or with a row for each query.
+    """The size of passes that a model computes exactly: `size`, or without trunks, or with a row for each query.
 
     All ranks must call it.
 
@@ -65,16 +72,27 @@ def exact_size(model: PackedModel, size: PassSize, about: str, mask: int | None)
         )
     if size.row_tokens is None:
         return size
+    limit = max(_TOLERANCE[dtype], 2 * noise)
     error, reason = _compare(model, tried, texts, size.row_tokens)
-    if error < max(_TOLERANCE[dtype], 2 * noise):
+    if not error < limit:
+        logger.warning("%s does not compute packed queries exactly (%s)", about, reason)
+        logger.warning("every query gets a row of its own, which is slower")
+        return replace(size, row_tokens=None)
+    if not model.causal or not size.trunks:
         return size
-    logger.warning("%s does not compute packed queries exactly (%s)", about, reason)
-    logger.warning("every query gets a row of its own, which is slower")
-    return replace(size, row_tokens=None)
+    error, reason = _compare(model, tried, texts, size.row_tokens, _CUTS)
+    if error < limit:
+        return size
+    logger.info("%s does not go on exactly from known keys and values (%s); none are kept", about, reason)
+    return replace(size, trunks=False)
 
 
 def _compare(
-    model: PackedModel, tried: Sequence[_Text], texts: Sequence[_Text], row_tokens: int | None
+    model: PackedModel,
+    tried: Sequence[_Text],
+    texts: Sequence[_Text],
+    row_tokens: int | None,
+    cuts: tuple[int, ...] = (),
 ) -> tuple[float, str]:
     """The error of some texts, computed among all texts, and a word about it.
 
@@ -82,7 +100,7 @@ def _compare(
     """
     try:
         plain = torch.cat([model(torch.tensor(t.tokens, device=model.device))[list(t.targets)] for t in tried])
-        logits = dict(zip(_places(texts), _logits(model, texts, row_tokens), strict=True))
+        logits = dict(zip(_places(texts), _logits(model, texts, row_tokens, cuts), strict=True))
         error = _error(torch.stack([logits[place] for place in _places(tried)]), plain)
     except torch.OutOfMemoryError:
         raise
@@ -118,11 +136,30 @@ def _places(texts: Sequence[_Text]) -> list[tuple[tuple[int, ...], int]]:
     return [(text.tokens, target) for text in texts for target in text.targets]
 
 
-def _logits(model: PackedModel, texts: Sequence[_Text], row_tokens: int | None) -> Tensor:
-    """The logits [targets, vocabulary] of packed texts."""
-    queries = [Query(text.tokens, text.targets, bidirectional=not model.causal) for text in texts]
+def _logits(model: PackedModel, texts: Sequence[_Text], row_tokens: int | None, cuts: tuple[int, ...]) -> Tensor:
+    """The logits [targets, vocabulary] of packed texts, which are cut."""
+    queries = [Query(text.tokens, text.targets, bidirectional=not model.causal, cuts=cuts) for text in texts]
     batch = pack(queries, row_tokens).to(model.device)
-    return model(batch)[batch.target_of_query]
+    if not cuts:
+        return model(batch)[batch.target_of_query]
+    trunks: dict[Trunk, KeysValues] = {}
+    for trunk in trunks_of(queries[0]):  # the same of all
+        trunks[trunk] = model.keys_and_values(trunk, trunks)
+    unseen = torch.zeros(len(batch.trunks), _BETWEEN * (row_tokens or 0), dtype=torch.int64, device=model.device)
+
+    def wider(visible: Tensor) -> Tensor:
+        return torch.cat([visible[:, : cuts[-1]], unseen, visible[:, cuts[-1] :]], dim=1)
+
+    between = tuple(
+        (
+            keys.new_zeros(keys.shape[0], unseen.shape[1], keys.shape[2]),
+            values.new_zeros(values.shape[0], unseen.shape[1], values.shape[2]),
+        )
+        for keys, values in trunks[trunk]
+    )
+    batch = replace(batch, visible_from=wider(batch.visible_from), visible_until=wider(batch.visible_until))
+    known = Known([[*(trunks[trunk] for trunk in row), between] for row in batch.trunks])
+    return model(batch, known=known)[batch.target_of_query]
 
 
 def _error(logits: Tensor, expected: Tensor) -> float:

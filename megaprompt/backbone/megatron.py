@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -89,21 +90,23 @@ class SinusoidalPositions(nn.Module):
 class FairseqMegatronAttention(nn.Module):
     """Multi-head self-attention."""
 
-    def __init__(self, config: FairseqMegatronConfig) -> None:
+    def __init__(self, config: FairseqMegatronConfig, layer: int) -> None:
         super().__init__()
-        width = config.hidden_size
+        self.layer, width = layer, config.hidden_size
         self.heads = config.num_attention_heads
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x [R, T, hidden size]; mask [R, 1, T, T] boolean or additive, None for causal."""
+    def forward(self, x: Tensor, mask: Tensor | None, past: Cache | None) -> Tensor:
+        """x [R, T, hidden size]; mask [R, 1, T, K+T], boolean or additive; causal and without a past if None."""
         query, key, value = (
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if past is not None:
+            key, value = past.update(key, value, self.layer)
         mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -111,17 +114,17 @@ class FairseqMegatronAttention(nn.Module):
 class FairseqMegatronLayer(GradientCheckpointingLayer):
     """Attention and feed-forward network, each behind a norm and added to its input."""
 
-    def __init__(self, config: FairseqMegatronConfig) -> None:
+    def __init__(self, config: FairseqMegatronConfig, layer: int) -> None:
         super().__init__()
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.self_attn = FairseqMegatronAttention(config)
+        self.self_attn = FairseqMegatronAttention(config, layer)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)  # fairseq's name for the one before the network
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, past: Cache | None) -> Tensor:
         """x [R, T, hidden size] -> the same shape."""
-        x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
+        x = x + self.self_attn(self.self_attn_layer_norm(x), mask, past)
         return x + self.fc2(gelu(self.fc1(self.final_layer_norm(x))))
 
 
@@ -142,7 +145,7 @@ class FairseqMegatronModel(FairseqMegatronPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = SinusoidalPositions(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(FairseqMegatronLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(FairseqMegatronLayer(config, i) for i in range(config.num_hidden_layers))
         self.layer_norm = nn.LayerNorm(config.hidden_size) if config.final_norm else nn.Identity()
         self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
         self.gradient_checkpointing = False
@@ -154,6 +157,7 @@ class FairseqMegatronModel(FairseqMegatronPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **_: Any,
     ) -> BaseModelOutput:
         """Hidden states [R, T, hidden size].
@@ -161,23 +165,27 @@ class FairseqMegatronModel(FairseqMegatronPreTrainedModel):
         Args:
             input_ids: [R, T], or instead of them
             inputs_embeds: [R, T, hidden size], in the place of embeddings before they are scaled.
-            attention_mask: [R, T] with 1 for tokens and 0 for padding (on the right, or results are meaningless), or
-                [R, 1, T, T], boolean or additive, which says all; causal if not given.
-            position_ids: [R, T], from 0; 0, 1, 2, ... if not given.
+            attention_mask: [R, K+T] with 1 for tokens and 0 for padding (on the right, or results are meaningless), or
+                [R, 1, T, K+T], boolean or additive, which says all; causal if not given.
+            position_ids: [R, T], from 0; K, K+1, K+2, ... if not given.
+            past_key_values: what is known of K positions before these.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         length = inputs_embeds.shape[1]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
-            position_ids = torch.arange(length, device=inputs_embeds.device)[None]
-        if attention_mask is not None and attention_mask.dim() == 2:
-            causal = torch.ones(length, length, dtype=torch.bool, device=inputs_embeds.device).tril()
+            position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
+        causal = torch.ones(length, past + length, dtype=torch.bool, device=inputs_embeds.device).tril(past)
+        if attention_mask is None:
+            attention_mask = causal if past else None
+        elif attention_mask.dim() == 2:
             attention_mask = causal & attention_mask.bool()[:, None, None, :]
-        elif attention_mask is not None and attention_mask.dtype != torch.bool:
+        elif attention_mask.dtype != torch.bool:
             attention_mask = attention_mask.to(inputs_embeds.dtype)
         x = inputs_embeds * self.scale + self.embed_positions(position_ids, inputs_embeds.dtype)
         for layer in self.layers:
-            x = layer(x, attention_mask)
+            x = layer(x, attention_mask, past_key_values)
         return BaseModelOutput(last_hidden_state=self.layer_norm(x))
 
 

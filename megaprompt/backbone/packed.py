@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -15,8 +16,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from megaprompt.backbone.known import KeysValues, Known
 from megaprompt.errors import MegapromptError
-from megaprompt.prompting.packing import PackedBatch
+from megaprompt.prompting.packing import PackedBatch, pack
+from megaprompt.prompting.template import Query
+from megaprompt.prompting.trunks import Trunk
 
 
 def language_model(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForMaskedLM]:
@@ -65,13 +69,26 @@ class PackedModel(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def known_bytes(self) -> int:
+        """How much memory the keys and values of one token take, about."""
+        config = self.model.config.get_text_config()
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        heads = getattr(config, "num_key_value_heads", None) or heads
+        return 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+
     def _select_targets(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._targets is None:
             return None
         return (inputs[0].flatten(0, 1).index_select(0, self._targets), *inputs[1:])
 
     def forward(
-        self, batch: PackedBatch | Tensor, prompts: Tensor | None = None, reads: Literal["logits", "hidden"] = "logits"
+        self,
+        batch: PackedBatch | Tensor,
+        prompts: Tensor | None = None,
+        reads: Literal["logits", "hidden"] = "logits",
+        known: Known | None = None,
     ) -> Tensor:
         """Logits [N targets, vocabulary] of a packed batch, or the last hidden states [N targets, hidden size].
 
@@ -79,6 +96,7 @@ class PackedModel(nn.Module):
             batch: see `prompting.packing`; on this model's device. Or the tokens [T] of one text, which are computed as
                 transformers does of its own accord, with logits [T, vocabulary].
             prompts: prompt matrix [P, hidden size] that the batch's pseudo tokens index; may require a gradient.
+            known: the keys and values of the batch's trunks.
         """
         if isinstance(batch, Tensor):
             return self.model(input_ids=batch[None]).logits[0]
@@ -97,6 +115,8 @@ class PackedModel(nn.Module):
                     ~mask, torch.finfo(self.model.dtype).min
                 )
             inputs |= {"attention_mask": mask, "position_ids": positions}
+        if known is not None:
+            inputs |= {"past_key_values": known}
         if reads == "hidden":
             states = self.model.base_model(inputs_embeds=embeddings, **inputs)[0]
             return states.flatten(0, 1).index_select(0, batch.targets)
@@ -105,6 +125,18 @@ class PackedModel(nn.Module):
             return self.model(inputs_embeds=embeddings, **inputs).logits
         finally:
             self._targets = None
+
+    @torch.no_grad()
+    def keys_and_values(self, trunk: Trunk | None, known: Mapping[Trunk, KeysValues]) -> KeysValues:
+        """The keys and values of a trunk's own tokens, computed in a pass of its own; `known` has those before it.
+
+        Without a trunk, a pass all the same: all ranks must make as many.
+        """
+        queries = [Query(trunk.tokens, (len(trunk.tokens) - 1,), cuts=trunk.cuts)] if trunk is not None else []
+        batch = pack(queries, row_tokens=1).to(self.device)  # one row: it has no other query
+        found = Known([[known[before] for before in row] for row in batch.trunks], collect=True)
+        self(batch, None, "hidden", found)
+        return found.of_row(0)
 
 
 _HEAD_ROWS = 1 << 13  # of the output layer that are in single precision at once

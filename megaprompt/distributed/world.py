@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -68,6 +72,18 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def memory(self) -> int:
+        """Bytes that there are for each process: of its GPU, or its share of what a job may use of this machine. All
+        must call it."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        limits = [psutil.virtual_memory().total]
+        if megabytes := os.environ.get("SLURM_MEM_PER_NODE"):
+            limits.append(int(megabytes) << 20)
+        with suppress(OSError, ValueError):  # "max" is no number
+            limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+        return min(limits) // (ranks_on_this_machine() if self.size > 1 else 1)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -7,7 +7,7 @@ of the outputs what it needs, and neither backbone nor packing know which kinds 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from megaprompt.backbone import Backbone
 from megaprompt.distributed.world import World
+from megaprompt.engine.learner import TrainingSet
 from megaprompt.engine.schedule import my_passes, padded
+from megaprompt.engine.trunks import Trunks, cut_instances, may_be_cut
 from megaprompt.prompting.packing import PassSize, pack, split_into_passes
 from megaprompt.tasks.objective import Answers, Objective, Outputs
 from megaprompt.tasks.task import Instance
@@ -29,6 +31,7 @@ class Workplace:
         world: the ranks that share questions.
         everyone: all ranks that hold the backbone together; they make the same number of passes.
         reads: what is read at targets, the same for all questions of these ranks.
+        trunks: keys and values of constant text, and an account of what was computed.
     """
 
     backbone: Backbone
@@ -36,6 +39,7 @@ class Workplace:
     world: World
     everyone: World
     reads: Literal["logits", "hidden"] = "logits"
+    trunks: Trunks = field(default_factory=Trunks, repr=False)
 
     @classmethod
     def shared(cls, backbone: Backbone, size: PassSize, world: World, objective: Objective) -> Workplace:
@@ -67,21 +71,45 @@ class _Asked(NamedTuple):
     head: nn.Module | None
 
 
+def with_trunks(at: Workplace, data: Sequence[TrainingSet], trunk_bytes: int | None) -> list[TrainingSet]:
+    """What is learned from, with the trunks of its queries known for as long as it lasts (see `trunks`).
+
+    Args:
+        trunk_bytes: memory of each rank for them; a sixteenth of what the rank has if None.
+    """
+    if not may_be_cut(at.backbone, at.size):
+        return list(data)
+    budget = at.everyone.memory() // 16 if trunk_bytes is None else trunk_bytes
+    return at.trunks.lasting_in(data, budget // at.backbone.known_bytes)
+
+
 def _flat(questions: Sequence[Questions]) -> list[_Asked]:
     return [_Asked(instance, each.objective, each.head) for each in questions for instance in each.instances]
+
+
+def _cut_once(at: Workplace, asked: list[_Asked]) -> list[_Asked]:
+    """The same, with queries cut where it pays for this call alone."""
+    if not may_be_cut(at.backbone, at.size):
+        return asked
+    instances = cut_instances([each.instance for each in asked], row_tokens=at.size.row_tokens)
+    return [each._replace(instance=instance) for each, instance in zip(asked, instances, strict=True)]
 
 
 def _computed(
     at: Workplace, asked: Sequence[_Asked], passes: Iterable[list[int]], prompts: Tensor | None
 ) -> Iterator[tuple[Tensor, list[_Part]]]:
     """What the backbone gives at the targets of each pass [N, D], and the parts of the pass."""
+    cut = any(query.cuts for each in asked for query in each.instance.queries)
+    cut_anywhere = bool(at.everyone.max_(torch.tensor(int(cut)), "schedule"))
     for indices in passes:
         kinds: dict[tuple[int, int], list[int]] = {}
         for i in indices:
             kinds.setdefault((id(asked[i].objective), id(asked[i].head)), []).append(i)
         queries = [query for part in kinds.values() for i in part for query in asked[i].instance.queries]
         batch = pack(queries, at.size.row_tokens).to(at.backbone.device)
-        values = at.backbone(batch, prompts, at.reads)
+        known = at.trunks.of(batch, at.backbone, at.everyone) if cut_anywhere else None
+        values = at.backbone(batch, prompts, at.reads, known)
+        at.trunks.counts["tokens"] += batch.token_ids.numel()
         counts = [sum(len(q.targets) for i in part for q in asked[i].instance.queries) for part in kinds.values()]
         targets = batch.target_of_query.split(counts)
         yield values, [_part(i, asked, values, t) for i, t in zip(kinds.values(), targets, strict=True)]
@@ -140,7 +168,7 @@ def answers(at: Workplace, questions: Sequence[Questions], prompts: Tensor | Non
     Args:
         prompts: prompt matrix that the queries' pseudo tokens index.
     """
-    asked = _flat(questions)
+    asked = _cut_once(at, _flat(questions))
     found = [each.objective.blank(len(each.instances)) for each in questions]
     place = [(task, i) for task, each in enumerate(questions) for i in range(len(each.instances))]
     passes = padded(my_passes([each.instance.queries for each in asked], at.world, at.size), at.everyone)
@@ -177,7 +205,7 @@ def joint_answers(
     share = range(at.world.rank, count, at.world.size)
     for start in range(0, len(range(0, count, at.world.size)), part):  # as often on all ranks
         mine = share[start : start + part]
-        asked = _flat([Questions([wording[i] for i in mine], objective) for wording in wordings])
+        asked = _cut_once(at, _flat([Questions([wording[i] for i in mine], objective) for wording in wordings]))
         passes = padded(split_into_passes([each.instance.queries for each in asked], at.size), at.everyone)
         together: Tensor | None = None
         for _, parts in _computed(at, asked, passes, None):

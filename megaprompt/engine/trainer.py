@@ -24,7 +24,7 @@ from megaprompt.distributed.loss_scale import NO_SCALING, LossScale
 from megaprompt.distributed.world import World
 from megaprompt.engine.halving import Halving
 from megaprompt.engine.learner import Learned, Learner, TrainingSet, name_of
-from megaprompt.engine.passes import Questions, Workplace, answers
+from megaprompt.engine.passes import Questions, Workplace, answers, with_trunks
 from megaprompt.engine.schedule import assign
 from megaprompt.engine.step import numbered_from, train_step
 from megaprompt.engine.weights import Weights
@@ -65,6 +65,8 @@ class Trainer:
         rungs: after which steps how many candidates of a task go on (see `halving`).
         weights: the backbone's weights, if they are trained too, for one task alone.
         keep: what is wanted of a learner that is the best so far on dev; its prompt, if not given.
+        trunk_bytes: memory of each rank for keys and values of constant text (see `trunks`); a sixteenth of what the
+            rank has, if not given. It changes speed, not results.
 
     Raises:
         MegapromptError: there is nothing to learn.
@@ -86,6 +88,7 @@ class Trainer:
         rungs: Mapping[int, int] | None = None,
         weights: Weights | None = None,
         keep: Callable[[Learner], Any] = Learner.prompt,
+        trunk_bytes: int | None = None,
     ) -> None:
         if groups > len(data):
             raise UsageError(f"--relation-groups {groups}: there are only {len(data)} relations; give at most that")
@@ -95,11 +98,11 @@ class Trainer:
         self._batch_size = recipe.batch_size
         self._halving = Halving({each.name: each for each in data}, rungs or {})
         self._steps = {each.name: (each.recipe or recipe).steps(len(each.train)) for each in data}
-        group_of = assign(list(self._steps.values()), groups)
+        mine = assign(list(self._steps.values()), groups)
+        own = [each for each, group in zip(data, mine, strict=True) if group == world.rank // self.at.world.size]
+        own = with_trunks(self.at, own, trunk_bytes)
         self.learners = [
-            Learner(each, recipe, seed, backbone=backbone, encoder=encoder, loss_scale=loss_scale)
-            for each, group in zip(data, group_of, strict=True)
-            if group == world.rank // self.at.world.size
+            Learner(each, recipe, seed, backbone=backbone, encoder=encoder, loss_scale=loss_scale) for each in own
         ]
         if weights is None and (idle := [each.data.task for each in self.learners if not each.parameters]):
             raise MegapromptError(f"relation {idle[0]}: its template has no pseudo tokens, nothing to learn")
@@ -180,6 +183,7 @@ class Trainer:
                 hooks.save()
             if stopping:
                 raise Interrupted(f"interrupted after step {self.step}; continue with --resume")
+        self.at.trunks.known.clear()
         own = {learner.data.name: learner.result() for learner in self.learners}
         found = {name: result for part in self.at.everyone.gather(own) for name, result in part.items()}
         return {name: found[name] for name in self._steps}
@@ -187,7 +191,8 @@ class Trainer:
     def progress(self) -> tuple[int, int]:
         """Training instances used so far, and in all if no other task stops early (last batches counted as full)."""
         ends = [self.stopped_after.get(name, steps) for name, steps in self._steps.items()]
-        return sum(min(self.step, end) for end in ends) * self._batch_size, sum(ends) * self._batch_size
+        done, total = sum(min(self.step, end) for end in ends), sum(ends)
+        return done * self._batch_size, total * self._batch_size
 
     def states(self) -> dict[str, dict[str, Any]]:
         """What each task of this group needs to go on exactly; empty on all but one replica of the group."""

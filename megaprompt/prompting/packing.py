@@ -21,39 +21,49 @@ stand side by side, each visible to itself alone: the same two numbers describe 
 
 Queries are sorted, so that the tree is built by comparing each query with the one before it.
 
+Trunks (see `trunks`) are nodes whose keys and values are known. They are not in the row but in front of it: keys to be
+attended to, seen by an interval of the row's positions like any other node.
+
 Models that have their own idea of masks and positions (relative positions, ALiBi, recurrence) get a row for each query
 and the padding's mask, nothing else: `row_tokens=None`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megaprompt.config import PASS_TOKENS, ROW_TOKENS
+from megaprompt.prompting.rows import Row, end_of, fill_rows
 from megaprompt.prompting.template import Query
+from megaprompt.prompting.trunks import Trunk
+
+_SPACE_OF_KNOWN = 0.1
+"""Memory of a position whose keys and values are known, where that of one which is computed is 1, about."""
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """What the backbone computes in one pass. R rows of T positions, N distinct targets, Q queries, S pseudo tokens."""
+    """What the backbone computes in one pass. R rows of T positions behind K known ones, N distinct targets, Q queries,
+    S pseudo tokens."""
 
     one_by_one: bool  # a row for each query: the model's own positions and, but for the padding, its own mask
+    trunks: tuple[tuple[Trunk, ...], ...]  # in front of each row; with padding, K positions
 
     token_ids: Tensor  # [R, T] int64; 0 where there is a pseudo token or padding
     position_ids: Tensor  # [R, T] int64; depth in the tree
-    visible_from: Tensor  # [R, T] int64; position j is attended to by positions
-    visible_until: Tensor  # [R, T] int64; visible_from[j] <= i < visible_until[j]
+    visible_from: Tensor  # [R, K+T] int64; key j is attended to by positions
+    visible_until: Tensor  # [R, K+T] int64; visible_from[j] <= i < visible_until[j]
     pseudo_positions: Tensor  # [S] int64; where pseudo tokens stand, as indices into R*T
     pseudo_indices: Tensor  # [S] int64; which row of the prompt matrix stands there
     targets: Tensor  # [N] int64; where the objects are predicted, as indices into R*T
     target_of_query: Tensor  # [Q] int64; which of the N targets each query reads; one after the other if it has several
 
     def attention_mask(self) -> Tensor:
-        """Boolean [R, 1, T, T]: True where the query position (dim 2) attends to the key position (dim 3)."""
+        """Boolean [R, 1, T, K+T]: True where the query position (dim 2) attends to the key (dim 3)."""
         position = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
         query = position[:, None]
         return ((self.visible_from[:, None, :] <= query) & (query < self.visible_until[:, None, :]))[:, None]
@@ -70,74 +80,33 @@ class PackedBatch:
     def map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         """The same batch with its tensors changed."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return PackedBatch(self.one_by_one, **{name: change(value) for name, value in tensors.items()})
-
-
-class _Row:
-    """One row of the packed batch while it is filled, in depth-first order."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.depths: list[int] = []
-        self.visible_from: list[int] = []
-        self.visible_until: list[int] = []
-        self.path: list[int] = []  # positions of the nodes from the root to the newest one
-        self.ends: list[tuple[int, list[int]]] = []  # (query, positions of its targets)
-        self.newest: Query | None = None
-
-    def cost(self, query: Query) -> int:
-        """How many positions a query would add."""
-        return 0 if query == self.newest else len(query.tokens) - self._shared(query.tokens)
-
-    def _shared(self, tokens: Sequence[int]) -> int:
-        shared = 0
-        for position, token in zip(self.path, tokens):  # noqa: B905 (the shorter one decides)
-            if self.tokens[position] != token:
-                break
-            shared += 1
-        return shared
-
-    def add(self, number: int, query: Query) -> None:
-        if query == self.newest:
-            self.ends.append((number, self.ends[-1][1]))
-            return
-        self.newest, tokens = query, query.tokens
-        shared = self._shared(tokens)
-        del self.path[shared:]
-        for depth in range(shared, len(tokens)):
-            self.path.append(len(self.tokens))
-            self.tokens.append(tokens[depth])
-            self.depths.append(depth)
-            self.visible_from.append(self.path[0] if query.bidirectional else self.path[-1])
-            self.visible_until.append(0)
-        for position in self.path:
-            self.visible_until[position] = len(self.tokens)
-        self.ends.append((number, [self.path[target] for target in query.targets]))
-        if query.bidirectional:  # what a token is depends on all others: nothing to share
-            self.path.clear()
-
-
-def _fill_rows(rows: list[_Row], queries: Sequence[Query], order: Iterable[int], row_tokens: int) -> list[_Row]:
-    """Add queries to the rows, in this order; the last row is filled first."""
-    for index in order:
-        cost = rows[-1].cost(queries[index]) if rows else 0
-        if not rows or (cost and len(rows[-1].tokens) + cost > row_tokens):
-            rows.append(_Row())
-        rows[-1].add(index, queries[index])
-    return rows
+        changed = {name: change(value) for name, value in tensors.items()}
+        return PackedBatch(self.one_by_one, self.trunks, **changed)
 
 
 @dataclass(frozen=True)
 class PassSize:
     """How much one pass computes: rows of at most `row_tokens` (None: of one query each), in all at most about
-    `pass_tokens`. Rows are never wider than a pass."""
+    `pass_tokens`. Rows are never wider than a pass. `trunks`: whether queries may be cut (see `trunks`)."""
 
     row_tokens: int | None = ROW_TOKENS
     pass_tokens: int = PASS_TOKENS
+    trunks: bool = True
 
     def __post_init__(self) -> None:
         if self.row_tokens is not None and self.row_tokens > self.pass_tokens:
             object.__setattr__(self, "row_tokens", self.pass_tokens)
+
+    def exceeded(self, rows: Sequence[Row]) -> bool:
+        """Whether some rows are more than a pass."""
+        assert self.row_tokens is not None
+        if len(rows) <= max(1, self.pass_tokens // self.row_tokens):
+            return False
+        known = max(row.known for row in rows)
+        if not known:
+            return True
+        width = max(len(row.tokens) for row in rows)  # tails are often short: then more rows fit
+        return len(rows) * (width + _SPACE_OF_KNOWN * known) > self.pass_tokens
 
 
 def split_into_passes(instances: Sequence[Sequence[Query]], size: PassSize) -> list[list[int]]:
@@ -158,15 +127,14 @@ def split_into_passes(instances: Sequence[Sequence[Query]], size: PassSize) -> l
                 rows = len(instances[i])
             passes[-1].append(i)
         return passes
-    rows_per_pass = max(1, size.pass_tokens // size.row_tokens)
     ordered = [sorted(queries, key=lambda query: query.tokens) for queries in instances]
-    filled: list[_Row] = []
+    filled: list[Row] = []
     for i in sorted(range(len(instances)), key=lambda i: ordered[i][0].tokens):
-        _fill_rows(filled, ordered[i], range(len(ordered[i])), size.row_tokens)
-        if not passes or len(filled) > rows_per_pass:
+        added = (ordered[i], range(len(ordered[i])), size.row_tokens, size.row_tokens)
+        fill_rows(filled, *added)
+        if not passes or size.exceeded(filled):
             passes.append([])
-            filled = []
-            _fill_rows(filled, ordered[i], range(len(ordered[i])), size.row_tokens)
+            filled = fill_rows([], *added)
         passes[-1].append(i)
     return passes
 
@@ -179,30 +147,33 @@ def pack(queries: Sequence[Query], row_tokens: int | None) -> PackedBatch:
     `target_of_query`. An empty list gives a batch of one padding token and no targets, which a rank without work uses
     to take part in a collective pass.
     """
+    assert row_tokens is not None or not any(query.cuts for query in queries)
     order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
-    rows = _fill_rows([], queries, order, row_tokens or 0) or [_Row()]
+    limit = row_tokens or 0
+    rows = fill_rows([], queries, order, limit, limit) or [Row()]
     if len(rows) > 1 and row_tokens is not None:
         # Even rows: with as many rows as needed, the smallest width that holds everything leaves the least padding.
-        low, high = max(len(q.tokens) for q in queries), max(len(row.tokens) for row in rows)
+        low, high = max(len(q.tokens) - end_of(q.cuts) for q in queries), max(len(row.tokens) for row in rows)
         while low < high:
             middle = (low + high) // 2
-            narrower = _fill_rows([], queries, order, middle)
+            narrower = fill_rows([], queries, order, middle, limit)
             if len(narrower) <= len(rows):
                 rows, high = narrower, middle
             else:
                 low = middle + 1
 
-    width = max(1, *(len(row.tokens) for row in rows))
+    width, known = max(1, *(len(row.tokens) for row in rows)), max(row.known for row in rows)
     token_ids, position_ids, visible_from, visible_until = [], [], [], []
     pseudo_positions, pseudo_indices = [], []
     targets: dict[int, int] = {}
     targets_of: list[list[int]] = [[]] * len(queries)
     for r, row in enumerate(rows):
-        length, padding = len(row.tokens), width - len(row.tokens)
-        token_ids.append([max(token, 0) for token in row.tokens] + [0] * padding)
-        position_ids.append(row.depths + [0] * padding)
-        visible_from.append(row.visible_from + list(range(length, width)))  # padding sees itself only
-        visible_until.append(row.visible_until + list(range(length + 1, width + 1)))
+        padding = [0] * (width - len(row.tokens))
+        token_ids.append([max(token, 0) for token in row.tokens] + padding)
+        position_ids.append(row.depths + padding)
+        since, until = row.keys(known, width)
+        visible_from.append(since)
+        visible_until.append(until)
         for position, token in enumerate(row.tokens):
             if token < 0:
                 pseudo_positions.append(r * width + position)
@@ -211,6 +182,7 @@ def pack(queries: Sequence[Query], row_tokens: int | None) -> PackedBatch:
             targets_of[query] = [targets.setdefault(r * width + position, len(targets)) for position in positions]
     return PackedBatch(
         one_by_one=row_tokens is None,
+        trunks=tuple(tuple(row.trunks) for row in rows),
         token_ids=torch.tensor(token_ids),
         position_ids=torch.tensor(position_ids),
         visible_from=torch.tensor(visible_from),

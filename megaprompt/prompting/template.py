@@ -41,16 +41,15 @@ Piece = int | str | Place
 
 
 class Query(NamedTuple):
-    """The token sequence of one query.
-
-    At `tokens[target]`, for each of the targets, the model's output is read: there it predicts the answer, or, where
-    the answer is a text that is given, the token in `labels` that belongs to the target.
+    """The tokens of one query. At `tokens[target]`, for each of the targets, the model's output is read: there it
+    predicts the answer, or, where the answer is a text that is given, the token in `labels` that belongs to the target.
     """
 
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
     labels: tuple[int, ...] = ()
     bidirectional: bool = False  # every token sees all others, not only those before it
+    cuts: tuple[int, ...] = ()  # where its trunks end, ascending; tokens before are computed in advance (see `trunks`)
 
 
 class TextEncoder(NamedTuple):
