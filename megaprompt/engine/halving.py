@@ -5,11 +5,12 @@ All ranks know the scores of all candidates and decide alike, so candidates of a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megaprompt.engine.learner import TrainingSet
+from megaprompt.engine.learner import TrainingSet, name_of
 
 
 @dataclass
@@ -25,10 +26,16 @@ class Halving:
     rungs: Mapping[int, int]
     best: dict[str, dict[str, float]] = field(default_factory=dict)  # scores on dev, by name
 
-    def see(self, name: str, line: Mapping[str, Any]) -> None:
-        """Take a line of the log."""
-        if line.get("best"):
-            self.best[name] = {each: line[f"dev_{each}"] for each in self.data[name].objective.selects}
+    def see(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Take lines of the log."""
+        for line in lines:
+            if line.get("best"):
+                data = self.data[name_of(line)]
+                self.best[data.name] = {each: line[f"dev_{each}"] for each in data.objective.selects}
+
+    def line(self, name: str, step: int) -> dict[str, Any]:
+        """What the log says of a candidate that is dropped."""
+        return {"time": time.time(), "step": step, **self.data[name].about, "dropped": True, "stopped": True}
 
     def weak(self, step: int, stopped: Collection[str]) -> list[str]:
         """The candidates that stop after this step, of those that have not yet. Those that stay are competitors too;

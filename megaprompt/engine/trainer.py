@@ -93,9 +93,8 @@ class Trainer:
         if groups > len(data):
             raise UsageError(f"--relation-groups {groups}: there are only {len(data)} relations; give at most that")
         assert weights is None or len(data) == 1
-        self.backbone, self.weights, self._keep = backbone, weights, keep
+        self.backbone, self.weights, self._keep, self._batch_size = backbone, weights, keep, recipe.batch_size
         self.at = Workplace(backbone, size, world.split(groups), world, data[0].objective.reads)
-        self._batch_size = recipe.batch_size
         self._halving = Halving({each.name: each for each in data}, rungs or {})
         self._steps = {each.name: (each.recipe or recipe).steps(len(each.train)) for each in data}
         mine = assign(list(self._steps.values()), groups)
@@ -138,21 +137,18 @@ class Trainer:
         """Log lines of all groups, in the order of the tasks."""
         everywhere = self.at.everyone.gather(lines if self.at.world.rank == 0 else [])
         order = list(self._steps)
-        named = sorted(((name_of(line), line) for part in everywhere for line in part), key=lambda x: order.index(x[0]))
-        for name, line in named:
-            self._halving.see(name, line)
-            if line["stopped"]:
-                self.stopped_after[name] = self.step
-        return [line for _, line in named]
+        shared = sorted((line for part in everywhere for line in part), key=lambda line: order.index(name_of(line)))
+        self._halving.see(shared)
+        self.stopped_after |= {name_of(line): self.step for line in shared if line["stopped"]}
+        return shared
 
     def _drop(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Stop candidates; returns the log lines, on all ranks."""
-        about = {"time": time.time(), "step": self.step, "dropped": True, "stopped": True}
         self.stopped_after |= dict.fromkeys(names, self.step)
         for learner in self.learners:
             if learner.data.name in names:
                 learner.drop()
-        return [dict(about, **self._halving.data[name].about) for name in names]
+        return [self._halving.line(name, self.step) for name in names]
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -191,8 +187,7 @@ class Trainer:
     def progress(self) -> tuple[int, int]:
         """Training instances used so far, and in all if no other task stops early (last batches counted as full)."""
         ends = [self.stopped_after.get(name, steps) for name, steps in self._steps.items()]
-        done, total = sum(min(self.step, end) for end in ends), sum(ends)
-        return done * self._batch_size, total * self._batch_size
+        return sum(min(self.step, end) for end in ends) * self._batch_size, sum(ends) * self._batch_size
 
     def states(self) -> dict[str, dict[str, Any]]:
         """What each task of this group needs to go on exactly; empty on all but one replica of the group."""
