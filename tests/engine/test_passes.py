@@ -30,7 +30,8 @@ def test_answers_equal_the_plain_forward(make_backbone, size):
     with torch.no_grad():
         logits = plain_logits(backbone, queries, prompts)
     assert torch.equal(found["rank"], rank_of_gold(logits, torch.tensor(gold), allowed))
-    expected = logits.log_softmax(1).gather(1, torch.tensor(gold)[:, None])[:, 0]
+    among = logits.masked_fill(~allowed, -torch.inf)
+    expected = among.log_softmax(1).gather(1, torch.tensor(gold)[:, None])[:, 0]
     torch.testing.assert_close(found["log_probability"], expected)
     assert torch.equal(found["top_tokens"], logits.masked_fill(~allowed, -torch.inf).topk(3).indices)
 
