@@ -44,7 +44,7 @@ def grown(learner: str, spec: str, facts: int) -> int:
     backbone = load_backbone(spec)
     for parameter in backbone.parameters():  # out of mapped files, into memory
         parameter.data = parameter.data.clone()
-    data = load_data("geonames")
+    data = load_data("world")
     everything = load_vocabulary("none", data, backbone.tokenization)
     task = lama_tasks(data, backbone, everything, names=["P17"], splits=("train",), limit=facts, seed=0)["P17"]
     examples = task.examples["train"]

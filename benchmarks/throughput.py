@@ -235,7 +235,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False
     size = PassSize(pass_tokens=args.pass_tokens)
     backbone = load_backbone(args.backbone, dtype, device)
-    data = load_data("geonames")
+    data = load_data("world")
     everything = load_vocabulary("none", data, backbone.tokenization)
     relations = lama_tasks(
         data, backbone, everything, names=args.relations.split(","), splits=("train",), limit=None, seed=0

@@ -1,6 +1,6 @@
 """Seconds until prompts reach a given score on dev: the original algorithm, PEFT, p-tuning and best, in one run.
 
-    python benchmarks/time_to_score.py [--data geonames] [--relations P36,P30,P17,P37] [--backbone smollm2-135m]
+    python benchmarks/time_to_score.py [--data world] [--relations P36,P30,P17,P37] [--backbone smollm2-135m]
                                        [--limit-facts 300] [--share 0.9] [--cut 30]
 
 The score to reach is, for each relation, `--share` of what megaprompt's p-tuning ends with on dev, as P@1 among the
@@ -208,7 +208,7 @@ def peft(backbone: Backbone, task: Task, allowed: Tensor, limit: float) -> Curve
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="geonames")
+    parser.add_argument("--data", default="world")
     parser.add_argument("--relations", default="P36,P30,P17,P37")
     parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--limit-facts", type=int, default=300)

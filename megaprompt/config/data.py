@@ -54,8 +54,8 @@ class VocabularyConfig:
 class CountConfig:
     """Count the facts whose object is one token of a model and in a vocabulary, by relation and split."""
 
-    data: str = "geonames"
-    """geonames (packaged), or a directory in the LAMA layout."""
+    data: str = "world"
+    """world (packaged), or a directory in the LAMA layout."""
     vocab: str = "auto"
     """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': the data's own file if it has
     one, else the words that are objects anywhere in it."""

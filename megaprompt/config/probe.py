@@ -36,8 +36,8 @@ class ProbeConfig:
 
     backbone: str = "smollm2-135m"
     """The frozen model: smollm2-135m (packaged), a transformers name or directory, or a .gguf file."""
-    data: str = "geonames"
-    """geonames (packaged), or a directory in the LAMA layout."""
+    data: str = "world"
+    """world (packaged), or a directory in the LAMA layout."""
     out: Path = Path("runs/probe")
     """Directory of this run. It must not hold another run."""
     methods: Names = ("manual", "p-tuning")

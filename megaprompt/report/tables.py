@@ -175,6 +175,6 @@ def summary_table(results: Mapping[str, Any]) -> Table:
 
 
 def data_and_vocabulary(results: Mapping[str, Any]) -> str:
-    """`geonames, among all tokens`; the data alone if answers are not words of a vocabulary."""
+    """`world, among all tokens`; the data alone if answers are not words of a vocabulary."""
     data = results["data"]
     return f"{data['name']}, among {data['vocabulary']['name']}" if data["vocabulary"] else data["name"]

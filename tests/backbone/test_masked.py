@@ -279,7 +279,7 @@ WORDINGS = {
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory) -> Path:
     """A small BERT, trained from scratch on sentences about all facts, none of which is worded as a manual prompt."""
-    data = load_data("geonames")
+    data = load_data("world")
     relations = data.select(tuple(WORDINGS))
     sentences = [
         wording.replace("[X]", fact.subject).replace("[Y]", f"<{fact.object}>")

@@ -54,7 +54,7 @@ def test_an_ensemble_is_the_weighted_mean_of_log_probabilities(make_backbone):
             logits = backbone.model(torch.tensor([instance.queries[0].tokens])).logits[0, -1, : len(allowed)]
             scores[i] += weight * logits.detach().log_softmax(0)
     assert torch.equal(found["rank"], rank_of_gold(scores, torch.tensor(gold), allowed))
-    expected = scores.log_softmax(1).gather(1, torch.tensor(gold)[:, None])[:, 0]
+    expected = scores.masked_fill(~allowed, -torch.inf).log_softmax(1).gather(1, torch.tensor(gold)[:, None])[:, 0]
     torch.testing.assert_close(found["log_probability"], expected, rtol=1e-10, atol=1e-10)
     assert torch.equal(found["top_tokens"][:, 0], scores.masked_fill(~allowed, -torch.inf).argmax(1))
 

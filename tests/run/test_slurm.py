@@ -229,7 +229,7 @@ def test_misuse_is_told_at_once(cluster, submit, site, tmp_path):
     helped = login("--help")
     assert helped.returncode == 0
     assert "bash slurm/lama_gpt2_xl.sh [OPTIONS OF megaprompt probe]" in helped.stdout
-    wrong = login("--backbone", tmp_path / "nowhere", "--data", "geonames", "--out", tmp_path / "run")
+    wrong = login("--backbone", tmp_path / "nowhere", "--data", "world", "--out", tmp_path / "run")
     assert wrong.returncode == 2
     assert "WRONG backbone" in wrong.stdout
     assert "no rank was started" in wrong.stderr

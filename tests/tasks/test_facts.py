@@ -5,46 +5,10 @@ from pathlib import Path
 import pytest
 
 from megaprompt.errors import MegapromptError, UsageError
-from megaprompt.tasks.lama.facts import SPLITS, Fact, load_data, read_vocabulary
-from megaprompt.tasks.lama.geonames import geonames
+from megaprompt.tasks.lama.facts import load_data, read_vocabulary
 from tests.conftest import write_facts
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "lama"
-
-
-@pytest.fixture(scope="module")
-def geo():
-    return geonames()
-
-
-def test_geonames_has_the_five_relations(geo):
-    assert list(geo.relations) == ["P36", "P30", "P17", "P47", "P37"]
-    facts = {name: {f for split in SPLITS for f in relation.facts[split]} for name, relation in geo.relations.items()}
-    assert Fact("Denmark", "Copenhagen") in facts["P36"]
-    assert Fact("Denmark", "Europe") in facts["P30"]
-    assert Fact("Lyon", "France") in facts["P17"]
-    assert {Fact("Denmark", "Germany"), Fact("France", "Spain"), Fact("Spain", "France")} <= facts["P47"]
-    assert Fact("Denmark", "Danish") in facts["P37"]
-
-
-def test_geonames_is_split_by_subject_without_duplicates(geo):
-    for relation in geo.relations.values():
-        everything = [fact for split in SPLITS for fact in relation.facts[split]]
-        assert len(everything) == len(set(everything))
-        subjects = [{fact.subject for fact in relation.facts[split]} for split in SPLITS]
-        assert not subjects[0] & subjects[1]
-        assert not subjects[0] & subjects[2]
-        assert not subjects[1] & subjects[2]
-        shares = [len(s) / sum(map(len, subjects)) for s in subjects]
-        assert shares == pytest.approx([0.6, 0.2, 0.2], abs=0.08)
-
-
-def test_a_subject_is_in_one_split_for_all_relations(geo):
-    split_of: dict[str, str] = {}
-    for relation in geo.relations.values():
-        for split in SPLITS:
-            for fact in relation.facts[split]:
-                assert split_of.setdefault(fact.subject, split) == split
 
 
 @pytest.mark.parametrize(
@@ -81,6 +45,30 @@ def test_relations_file_and_vocabulary(data_directory):
     assert load_data(str(data_directory)).vocabulary is None, "two files: the user has to choose"
 
 
+@pytest.mark.parametrize(
+    ("row", "template", "wordings"),
+    [
+        ({"template": "[X] : [Y]", "templates": ["[X] , [Y]", "[X] - [Y]"]}, "[X] : [Y]", ("[X] , [Y]", "[X] - [Y]")),
+        ({"template": "[X] : [Y]", "templates": ["[X] : [Y]", "[X] , [Y]"]}, "[X] : [Y]", ("[X] , [Y]",)),
+        ({"templates": ["[X] , [Y]", "[X] - [Y]", "[X] - [Y]"]}, "[X] , [Y]", ("[X] - [Y]",)),
+        ({"templates": []}, None, ()),
+        ({"template": None}, None, ()),
+    ],
+)
+def test_several_wordings(data_directory, row, template, wordings):
+    (data_directory / "relations.jsonl").write_text(json.dumps({"relation": "P36", **row}))
+    relation = load_data(str(data_directory)).relations["P36"]
+    assert (relation.template, relation.wordings) == (template, wordings)
+
+
+@pytest.mark.parametrize("templates", ["[X] , [Y]", [3], {"a": "b"}, None])
+def test_wordings_that_are_no_list_of_texts_name_file_and_line(data_directory, templates):
+    path = data_directory / "relations.jsonl"
+    path.write_text("\n" + json.dumps({"relation": "P36", "templates": templates}))
+    with pytest.raises(MegapromptError, match=re.escape(f"{path}:2: ") + '"templates" is not a list of texts'):
+        load_data(str(data_directory))
+
+
 def test_vocabularies_as_p_tuning_published_them(tmp_path):
     path = tmp_path / "29k-vocab.json"
     path.write_text(json.dumps({"gpt2-xl": {"ĠRome": 5}, "bert-base-cased": {"Rome": 1, "##s": 2}}))
@@ -112,6 +100,8 @@ def test_malformed_lines_name_file_and_line(data_directory, line, message):
 def test_nothing_there(tmp_path):
     with pytest.raises(UsageError, match="no such directory"):
         load_data(str(tmp_path / "missing"))
+    with pytest.raises(UsageError, match="--data geonames: .*give world or a directory"):
+        load_data("geonames")  # as the packaged data was called once
     with pytest.raises(UsageError, match="no facts found"):
         load_data(str(tmp_path))
     with pytest.raises(UsageError, match="cannot be read"):

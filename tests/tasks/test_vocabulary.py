@@ -121,7 +121,7 @@ def test_the_intersection_filters_and_ranks_the_same_words_in_every_kind(directo
     assert main(["data", "vocabulary", "--backbones", backbones, "--out", str(out)]) == 0
     words = read_vocabulary(out)
     assert words == sorted([*CITIES, "is"]), "not Lima or Cairo, which only one of them has"
-    data = load_data("geonames")
+    data = load_data("world")
     for kind, directory in directories.items():
         backbone = load_backbone(str(directory))
         allowed = load_vocabulary(str(out), data, backbone.tokenization).allowed.nonzero().flatten().tolist()

@@ -1,4 +1,4 @@
-"""Facts: relations, subjects and objects; the directory layouts of the LAMA family; GeoNames; vocabularies.
+"""Facts: relations, subjects and objects; the directory layouts of the LAMA family; vocabularies.
 
 A relation (Wikidata's P36, capital) has facts, each a subject and an object (Denmark, Copenhagen), in the splits
 train, dev and test, and usually a manual prompt written by a person ("The capital of [X] is [Y] .").
@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.files import read_jsonl
@@ -26,13 +26,19 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Relation:
-    """A relation and its facts by split. `template` is the manual prompt; None if the data has none."""
+    """A relation and its facts by split.
+
+    Args:
+        template: the manual prompt; None if the data has none.
+        wordings: more manual prompts.
+    """
 
     id: str
     label: str
     type: str  # 1-1, N-1 or N-M; empty if unknown
     template: str | None
     facts: dict[Split, list[Fact]] = field(repr=False)
+    wordings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,10 @@ class Data:
 
 
 def load_data(spec: str) -> Data:
-    """`geonames`, or a directory in one of the layouts of the LAMA family.
+    """`world`, the packaged data, or a directory in one of the layouts of the LAMA family.
 
-    Read are, with `relations.jsonl` (relation, template, label, type) in the directory where there is one:
+    Read are, with `relations.jsonl` (relation, template, label, type, and more wordings in a list, templates) in the
+    directory where there is one:
     - `trex/{train,dev,test}/P36.jsonl`
     - `TREx/P36.jsonl`, LAMA's release: test facts only
     - `P36/{train,dev,test}.jsonl`, also below `original/` or `fact-retrieval/original/`: AutoPrompt's and P-tuning's,
@@ -74,24 +81,19 @@ def load_data(spec: str) -> Data:
         UsageError: there is no such data.
         MegapromptError: a file is malformed; the message names file and line.
     """
-    if spec == "geonames":
-        from megaprompt.tasks.lama.geonames import geonames  # which imports this module
+    if spec == "world":
+        from megaprompt.tasks.lama.world import world  # which imports this module
 
-        return geonames()
+        return world()
     root = Path(spec)
     if not root.is_dir():
-        raise UsageError(f"--data {spec}: there is no such directory; give geonames or a directory in the LAMA layout")
+        raise UsageError(f"--data {spec}: there is no such directory; give world or a directory in the LAMA layout")
     files = fact_files(root)
     if not files:
         raise UsageError(
             f"--data {spec}: no facts found; expected trex/train/P36.jsonl, TREx/P36.jsonl or P36/train.jsonl below it"
         )
-    about = {}
-    if (path := root / "relations.jsonl").is_file():
-        for line, row in read_jsonl(path, required=("relation",)):
-            if row["relation"] in about:
-                raise MegapromptError(f"{path}:{line}: relation {row['relation']} is described twice; keep one line")
-            about[row["relation"]] = row
+    about = _descriptions(root / "relations.jsonl")
     relations = {}
     for relation in sorted(files, key=lambda r: (len(r), r)):
         row = about.get(relation, {})
@@ -99,11 +101,25 @@ def load_data(spec: str) -> Data:
         for split, path in files[relation].items():
             rows = read_jsonl(path, required=("sub_label", "obj_label"))
             facts[split] = [Fact(row["sub_label"], row["obj_label"]) for _, row in rows]
-        relations[relation] = Relation(
-            relation, row.get("label", relation), row.get("type", ""), row.get("template"), facts
-        )
+        template, *others = [*filter(None, [row.get("template")]), *row.get("templates", ())] or [None]
+        wordings = tuple(dict.fromkeys(text for text in others if text != template))
+        label, type_ = row.get("label", relation), row.get("type", "")
+        relations[relation] = Relation(relation, label, type_, template, facts, wordings)
     vocabularies = sorted(root.glob("vocab/*.txt"))
     return Data(root.resolve().name, relations, vocabularies[0] if len(vocabularies) == 1 else None)
+
+
+def _descriptions(path: Path) -> dict[str, dict[str, Any]]:
+    """What `relations.jsonl` says, by relation; nothing if there is no such file."""
+    about: dict[str, dict[str, Any]] = {}
+    for line, row in read_jsonl(path, required=("relation",)) if path.is_file() else ():
+        if row["relation"] in about:
+            raise MegapromptError(f"{path}:{line}: relation {row['relation']} is described twice; keep one line")
+        texts = row.get("templates", [])
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise MegapromptError(f'{path}:{line}: "templates" is not a list of texts; mend the line')
+        about[row["relation"]] = row
+    return about
 
 
 def fact_files(root: Path) -> dict[str, dict[Split, Path]]:
@@ -147,6 +163,3 @@ def read_vocabulary(path: Path) -> list[str]:
     if not words:
         raise UsageError(f"--vocab {path}: the file has no words; one word a line is expected")
     return words
-
-
-# ------------------------------------------------------------------------------------------------------------- GeoNames

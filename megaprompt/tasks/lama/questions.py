@@ -120,8 +120,9 @@ def lama_tasks(
         examples, left_out = usable_facts(relation, backbone.tokenization, vocabulary, limit, seed)
         missing = [split for split in splits if not examples[split]]
         if not missing:
-            about: dict[str, Any] = {"label": relation.label, "type": relation.type, "manual": relation.template}
-            tasks[name] = Task(name, objective, encoder, examples, left_out=left_out, **about)
+            about: dict[str, Any] = {"label": relation.label, "type": relation.type, "left_out": left_out}
+            about |= {"manual": relation.template, "others": relation.wordings}
+            tasks[name] = Task(name, objective, encoder, examples, **about)
             continue
         count = sum(len(relation.facts[split]) for split in missing)
         why = (
