@@ -2,17 +2,18 @@
 # make test    all tests          make test-fast   the unit tests only
 # make test-gpu  what only a GPU can show
 # make bench   throughput against the original algorithm and PEFT
-# make lint    ruff and mypy      make venv        only the environment      make fairseq  an oracle for tests
+# make lint    ruff and mypy      make venv        only the environment
+# make fairseq, make lm-pub-quiz  oracles for tests
 PYTHON ?= python3
 OUT    ?= runs/probe
 BIN    := .venv/bin
 
-.PHONY: probe test test-fast test-gpu bench lint venv tools fairseq clean
+.PHONY: probe test test-fast test-gpu bench lint venv tools fairseq lm-pub-quiz clean
 
 probe: venv
 	$(BIN)/megaprompt probe --out $(OUT)
 
-test: venv tools fairseq
+test: venv tools fairseq lm-pub-quiz
 	$(BIN)/python -m pytest
 
 test-fast: venv
@@ -69,5 +70,15 @@ fairseq: venv .fairseq/installed
 	tar xzf .fairseq/fairseq*.tar.gz --strip-components 1 -C .fairseq/source
 	touch $@
 
+# LM Pub Quiz, with which scores of whole answers are compared, and what it imports that is not in .venv.
+lm-pub-quiz: venv .lm-pub-quiz/installed
+
+.lm-pub-quiz/installed:
+	rm -rf .lm-pub-quiz
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .lm-pub-quiz/lib --no-deps \
+	  lm-pub-quiz==0.3.3 scikit-learn==1.9.1 scipy==1.17.1 joblib==1.6.0 threadpoolctl==3.8.0 narwhals==2.29.0 \
+	  cloudpickle==3.1.2
+	touch $@
+
 clean:
-	rm -rf .fairseq .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .fairseq .lm-pub-quiz .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

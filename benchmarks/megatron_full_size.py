@@ -42,7 +42,7 @@ from megaprompt.backbone import Backbone
 from megaprompt.backbone.megatron import FairseqMegatronConfig, FairseqMegatronForCausalLM
 from megaprompt.prompting.packing import pack
 from megaprompt.prompting.prompt_encoder import PromptEncoder
-from megaprompt.prompting.template import Query
+from megaprompt.prompting.query import Query
 
 PARTS, WIDTH, FFN, HEADS, ROWS, WORDS = 8, 3072, 18432, 32, 51200, 51196
 

@@ -33,7 +33,7 @@ from megaprompt.prompting.recipe import RECIPES, Recipe
 from megaprompt.prompting.template import Template
 from megaprompt.resources.measured_case import PeakMemory
 from megaprompt.tasks.lama.facts import load_data
-from megaprompt.tasks.lama.questions import lama_tasks, load_vocabulary
+from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary
 
 LEARNERS = ("original", "peft", "megaprompt")
 STEPS = 3
@@ -46,7 +46,7 @@ def grown(learner: str, spec: str, facts: int) -> int:
         parameter.data = parameter.data.clone()
     data = load_data("world")
     everything = load_vocabulary("none", data, backbone.tokenization)
-    task = lama_tasks(data, backbone, everything, names=["P17"], splits=("train",), limit=facts, seed=0)["P17"]
+    task = lama_tasks(data, backbone, AskFor(everything), names=["P17"], splits=("train",), limit=facts, seed=0)["P17"]
     examples = task.examples["train"]
     if len(examples) < facts:
         sys.exit(f"there are only {len(examples)} facts")

@@ -53,7 +53,7 @@ from megaprompt.prompting.prompt_encoder import PromptEncoder
 from megaprompt.prompting.recipe import RECIPES
 from megaprompt.prompting.template import Template
 from megaprompt.tasks.lama.facts import load_data
-from megaprompt.tasks.lama.questions import lama_tasks, load_vocabulary
+from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary
 from megaprompt.tasks.task import Instance
 
 BATCH = 8
@@ -238,7 +238,7 @@ def main() -> None:
     data = load_data("world")
     everything = load_vocabulary("none", data, backbone.tokenization)
     relations = lama_tasks(
-        data, backbone, everything, names=args.relations.split(","), splits=("train",), limit=None, seed=0
+        data, backbone, AskFor(everything), names=args.relations.split(","), splits=("train",), limit=None, seed=0
     )
     template = Template.parse("<3>[X]<3>[Y]")
     recipe = RECIPES["fast"]

@@ -45,7 +45,7 @@ from megaprompt.prompting.prompt_encoder import new_prompt_encoder
 from megaprompt.prompting.recipe import RECIPES
 from megaprompt.tasks.lama.facts import load_data
 from megaprompt.tasks.lama.one_token import rank_of_gold
-from megaprompt.tasks.lama.questions import lama_tasks, load_vocabulary
+from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary
 from megaprompt.tasks.task import Task
 
 SHOWN = 8
@@ -220,14 +220,8 @@ def main() -> None:
     data, size = load_data(args.data), PassSize()
     vocabulary = load_vocabulary("auto", data, backbone.tokenization)
     names = tuple(args.relations.split(","))
-    about: dict[str, Any] = {
-        "among_allowed": True,
-        "names": names,
-        "splits": ("train", "dev", "test"),
-        "limit": args.limit_facts,
-        "seed": 0,
-    }
-    tasks = lama_tasks(data, backbone, vocabulary, **about)
+    about: dict[str, Any] = {"names": names, "splits": ("train", "dev", "test"), "limit": args.limit_facts, "seed": 0}
+    tasks = lama_tasks(data, backbone, AskFor(vocabulary, among_allowed=True), **about)
     allowed = vocabulary.allowed.to(device)
 
     found, seconds = {}, {}

@@ -137,7 +137,7 @@ def main() -> None:
     args = options.parse_args()
 
     backbone = load_backbone(args.backbone)
-    data = load_data("geonames")
+    data = load_data("world")
     everything = load_vocabulary("none", data, backbone.tokenization)
     tasks = lama_tasks(
         data, backbone, everything, names=args.relations.split(","), splits=("train", "test"), limit=args.facts, seed=0

@@ -27,7 +27,7 @@ from megaprompt.backbone.known import KeysValues, Known
 from megaprompt.backbone.packed import PackedModel
 from megaprompt.errors import MegapromptError, first_line
 from megaprompt.prompting.packing import PassSize, pack
-from megaprompt.prompting.template import Query
+from megaprompt.prompting.query import Query
 from megaprompt.prompting.trunks import Trunk, trunks_of
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from megaprompt.distributed.zero3 import whole
 from megaprompt.errors import MegapromptError
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.prompt_encoder import EmbeddingStatistics
-from megaprompt.prompting.template import TextEncoder
+from megaprompt.prompting.query import TextEncoder
 
 
 class Backbone(PackedModel):
@@ -68,7 +68,9 @@ class Backbone(PackedModel):
                 f"the tokenizer of {self.name} has no mask token, which a masked language model needs"
             )
         suffix = special[len(prefix) + len(plain) :]
-        return encoder._replace(mask=mask, suffix=tuple(suffix))
+        fast = tokenization.tokenizer.is_fast
+        words = (lambda text, is_start: tokenization.words(text, is_start=is_start)) if fast else None
+        return encoder._replace(mask=mask, suffix=tuple(suffix), words=words)
 
     @torch.no_grad()
     def embeddings(self, tokens: Sequence[int]) -> Tensor:

@@ -19,7 +19,7 @@ from transformers import (
 from megaprompt.backbone.known import KeysValues, Known
 from megaprompt.errors import MegapromptError
 from megaprompt.prompting.packing import PackedBatch, pack
-from megaprompt.prompting.template import Query
+from megaprompt.prompting.query import Query
 from megaprompt.prompting.trunks import Trunk
 
 

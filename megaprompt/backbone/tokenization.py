@@ -38,6 +38,13 @@ class Tokenization:
         self.name = name
         self.vocabulary_size = len(tokenizer) if vocabulary_size is None else vocabulary_size
 
+    @property
+    def beginning(self) -> int | None:
+        """The token that stands for the beginning of a text, whether or not the tokenizer sets it; GPT-2 and others
+        have one token for beginning and end."""
+        own = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if own is None else own
+
     def encode(self, texts: Sequence[str], *, is_start: bool) -> list[list[int]]:
         """Vocabulary ids of each text, without special tokens.
 
@@ -57,6 +64,16 @@ class Tokenization:
                 )
             found.append(ids)
         return found
+
+    def words(self, text: str, *, is_start: bool) -> list[int]:
+        """The number of the word that each token of a text belongs to; the tokens are those of `encode`.
+
+        What a word is, the tokenizer says, which has to be one of the fast ones.
+        """
+        before = "" if is_start else f"{WORD} " if text[:1].isspace() else _DIGIT
+        [ids] = self.encode([text], is_start=is_start)
+        found = self.tokenizer(before + (text if is_start else text.lstrip()), add_special_tokens=False).word_ids()
+        return [word or 0 for word in found[len(found) - len(ids) :]]
 
     def single_tokens(self, words: Sequence[str]) -> list[int | None]:
         """The id of each word in mid-sentence, or None where it is not exactly one known token."""

@@ -37,7 +37,7 @@ class ProbeConfig:
     backbone: str = "smollm2-135m"
     """The frozen model: smollm2-135m (packaged), a transformers name or directory, or a .gguf file."""
     data: str = "world"
-    """world (packaged), or a directory in the LAMA layout."""
+    """world (packaged), or a directory in the layout of LAMA or BEAR."""
     out: Path = Path("runs/probe")
     """Directory of this run. It must not hold another run."""
     methods: Names = ("manual", "p-tuning")
@@ -56,6 +56,10 @@ class ProbeConfig:
     directory of P36.jsonl and others. Of several for a relation, the best on train and all together are scored."""
     relations: OptionalNames = ()
     """Wikidata ids such as P36,P30. All relations of the data if not given."""
+    answers: Literal["token", "candidates"] | None = None
+    """'token': the object is one token of the vocabulary, and facts with other objects are left out. 'candidates': the
+    most likely of a relation's answers, which may have any length. If not given: candidates where the data says what
+    is to choose from, as BEAR does."""
     vocab: str = "auto"
     """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': the data's own file if it has
     one, else the words that are objects anywhere in it."""
@@ -63,6 +67,12 @@ class ProbeConfig:
     """Use at most this many facts per relation and split: the first after a shuffle that depends on --data-seed."""
     data_seed: Whole = 0
     """For --limit-facts. Runs with another --seed keep the same facts."""
+    learn_by: Literal["answer", "candidates"] = "candidates"
+    """With --answers candidates, what training makes more likely: the right 'answer' by itself, or the right one among
+    the 'candidates' (among 16 of them)."""
+    bos: Literal["auto", "always"] = "auto"
+    """With --answers candidates, the beginning-of-text token of causal models: 'auto' as the tokenizer sets it, and
+    before sentences that start with the answer; 'always' before every sentence, as LM Pub Quiz does."""
     template: str | None = None
     """Template of the learned prompts, and of those that AutoPrompt searches. If not given, that of the paper: for
     causal models <3>[X]<3>[Y], for masked ones <3>[X]<3>[Y]<3>; for AutoPrompt [X]<5>[Y], and a full stop for masked

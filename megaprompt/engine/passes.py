@@ -127,6 +127,11 @@ def _part(indices: list[int], asked: Sequence[_Asked], values: Tensor, targets: 
         query_of_target=tensor(number for number, (_, query) in enumerate(queries) for _ in query.targets),
         labels=tensor(label for _, query in queries for label in query.labels or [0] * len(query.targets)),
         instance_of_query=tensor(place for place, _ in queries),
+        candidate_of_query=tensor(
+            candidate
+            for i in indices
+            for candidate in asked[i].instance.candidates or range(len(asked[i].instance.queries))
+        ),
     )
     first = asked[indices[0]]
     return _Part(indices, first.objective, first.head, outputs, tensor(asked[i].instance.gold for i in indices))

@@ -14,7 +14,7 @@ import torch
 
 from megaprompt.distributed.world import World
 from megaprompt.prompting.packing import PassSize, split_into_passes
-from megaprompt.prompting.template import Query
+from megaprompt.prompting.query import Query
 
 
 def my_passes(instances: Sequence[Sequence[Query]], world: World, size: PassSize) -> list[list[int]]:

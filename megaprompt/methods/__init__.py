@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from megaprompt.config import ProbeConfig
 from megaprompt.methods.autoprompt import AutoPrompt, Search
@@ -14,29 +14,35 @@ from megaprompt.methods.majority import Majority
 from megaprompt.methods.manual import Manual
 from megaprompt.methods.method import Method
 from megaprompt.methods.p_tuning import UNTRAINED, PTuning
+from megaprompt.methods.wordings import Wordings
 from megaprompt.prompting.recipe import RECIPES, chosen
+from megaprompt.tasks.task import Task
 
 Prompts = Mapping[str, Sequence[DiscretePrompt]]
 
 
 def chosen_methods(
-    config: ProbeConfig, tasks: Iterable[str], discrete: Mapping[str, Prompts], wordings: Prompts
+    config: ProbeConfig, tasks: Mapping[str, Task], discrete: Mapping[str, Prompts], wordings: Prompts
 ) -> list[Method]:
     """The methods that were asked for, in the order in which they run; `best` also needs those that it chooses from.
 
+    Where the data has several wordings, `manual` is each of them, and comes with `best-manual` if there is a dev.
+
     Args:
-        tasks: names of those that are asked.
+        tasks: those that are asked, by name.
         discrete: prompts from files, by the name of the method.
         wordings: more wordings for best-manual.
     """
-    tasks = list(tasks)
     recipe = chosen(RECIPES[config.recipe], config.recipe_options())
     tuning_recipe = chosen(RECIPES["fine-tuning"], config.fine_tuning_options())
     wanted = {*config.methods, *discrete}
+    most = max(len(task.wordings) for task in tasks.values())
+    if most > 1 and "manual" in wanted and all(task.examples["dev"] for task in tasks.values()):
+        wanted.add("best-manual")
     if "best" in wanted:
         wanted |= {*UNTRAINED, "p-tuning"}
     methods: dict[str, Method] = {
-        "manual": Manual(),
+        "manual": Wordings(most) if most > 1 else Manual(),
         "best-manual": BestManual({name: [one.text for one in prompts] for name, prompts in wordings.items()}),
         "in-context": InContext(),
         "p-tuning": PTuning(

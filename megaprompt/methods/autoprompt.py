@@ -59,12 +59,13 @@ class AutoPrompt:
 
     def _template(self, task: Task, context: Context) -> Template:
         """The paper's template for fact retrieval has five tokens to find."""
-        return task.template(self.template or f"{' '.join(task.places)}<5>[Y]{'' if context.backbone.causal else ' .'}")
+        end = task.end if context.backbone.causal else " ."
+        return task.template(self.template or f"{' '.join(task.places)}<5>[Y]{end}")
 
     def run(self, context: Context) -> None:
         def score(task: Task, should_stop: ShouldStop) -> dict[str, Scored]:
             template = self._template(task, context)
-            train, dev = (task.instances(split, template) for split in ("train", "dev"))
+            train, dev = task.training_instances(template), task.instances("dev", template)
             data = TrainingSet(task.name, task.objective, template.num_pseudo_tokens, train, dev)
             given = {text for example in task.examples["train"] for text in (example.answer, *example.candidates)}
             words = sorted(token for text in given for token in task.encoder.encode(f" {text}", False))

@@ -15,7 +15,7 @@ from megaprompt.engine.learner import TrainingSet
 from megaprompt.prompting.prompt_encoder import EncoderKind, PromptEncoder
 from megaprompt.prompting.recipe import Recipe
 from megaprompt.prompting.template import Template
-from megaprompt.tasks.task import Instance, Split, Task
+from megaprompt.tasks.task import Task
 
 PAPER = "paper"
 """The candidate that is P-tuning as the paper has it."""
@@ -47,16 +47,14 @@ class Candidate:
         """
         before = self.before(task)
 
-        def asked(split: Split) -> list[Instance]:
-            return task.instances(split, self.template, before)
-
-        train = [one for i, one in enumerate(asked("train")) if i not in self.shown]
+        asked = task.training_instances(self.template, before)
+        train = [one for i, one in enumerate(asked) if i not in self.shown]
         return TrainingSet(
             task.name,
             task.objective,
             self.template.num_pseudo_tokens,
             train,
-            asked("dev"),
+            task.instances("dev", self.template, before),
             self.vectors,
             candidate="" if self.name == PAPER else self.name,
             recipe=recipe,

@@ -93,11 +93,9 @@ class Discrete:
                 _ = task.manual_template
 
     def _usable(self, task: Task) -> list[DiscretePrompt]:
-        fields = dict.fromkeys(task.fields, "subject")
-
         def fits(text: str) -> bool:
             try:
-                return bool(task.template(text).render(fields, task.encoder).tokens)
+                return bool(task.instance(task.examples["test"][0], task.template(text)).queries[0].tokens)
             except UsageError:
                 return False
 

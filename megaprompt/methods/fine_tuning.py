@@ -44,7 +44,8 @@ class FineTuning:
 
         def score(task: Task, should_stop: ShouldStop) -> dict[str, Scored]:
             template = task.manual_template if self.manual else task.bare_template
-            train, dev, test = (task.instances(split, template) for split in ("train", "dev", "test"))
+            train = task.training_instances(template)
+            dev, test = task.instances("dev", template), task.instances("test", template)
             data = TrainingSet(task.name, task.objective, 0, train, dev)
             with context.trainable_backbone() as (backbone, deepspeed):
                 trainer = Trainer(

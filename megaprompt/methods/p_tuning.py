@@ -20,7 +20,7 @@ from megaprompt.methods.method import Context, Scored, ShouldStop
 from megaprompt.methods.untrained import drawn
 from megaprompt.prompting.prompt_encoder import EncoderKind
 from megaprompt.prompting.recipe import Recipe
-from megaprompt.prompting.template import Template, default_template
+from megaprompt.prompting.template import Template
 from megaprompt.tasks.task import Task
 
 UNTRAINED = ("manual", "best-manual", "in-context")
@@ -59,15 +59,15 @@ class PTuning:
                 task.must_be_answerable("best")
             template = task.manual_template if self.from_manual else self._template(task, context)
             for example in task.examples["test"][:1]:  # finds a template that does not suit the backbone
-                template.render(example.fields, task.encoder, max_tokens=task.max_tokens)
+                task.instance(example, template)
 
     def _template(self, task: Task, context: Context) -> Template:
-        return task.template(self.template or default_template(context.backbone.causal, task.places))
+        return task.template(self.template) if self.template else task.default_template(context.backbone.causal)
 
     def _paper(self, task: Task, context: Context) -> Candidate:
         if not self.from_manual:
             return Candidate(PAPER, self._template(task, context))
-        template, tokens = task.manual_template.with_pseudo_tokens(task.encoder)
+        template, tokens = task.manual_with_pseudo_tokens()
         return Candidate(PAPER, template, (), context.backbone.embeddings(tokens))
 
     def _candidates(self, context: Context) -> dict[str, list[Candidate]]:

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 
 from megaprompt.config import PASS_TOKENS, ROW_TOKENS
+from megaprompt.prompting.query import Query
 from megaprompt.prompting.rows import Row, end_of, fill_rows
-from megaprompt.prompting.template import Query
 from megaprompt.prompting.trunks import Trunk
 
 _SPACE_OF_KNOWN = 0.1
@@ -119,24 +119,50 @@ def split_into_passes(instances: Sequence[Sequence[Query]], size: PassSize) -> l
     passes: list[list[int]] = []
     if size.row_tokens is None:
         longest = [max(len(query.tokens) for query in queries) for queries in instances]
-        rows = 0  # of the pass
+        count = 0  # rows of the pass
         for i in sorted(range(len(instances)), key=lambda i: longest[i]):  # the last is the longest
-            rows += len(instances[i])
-            if not passes or rows * longest[i] > size.pass_tokens:
+            count += len(instances[i])
+            if not passes or count * longest[i] > size.pass_tokens:
                 passes.append([])
-                rows = len(instances[i])
+                count = len(instances[i])
             passes[-1].append(i)
         return passes
-    ordered = [sorted(queries, key=lambda query: query.tokens) for queries in instances]
-    filled: list[Row] = []
-    for i in sorted(range(len(instances)), key=lambda i: ordered[i][0].tokens):
-        added = (ordered[i], range(len(ordered[i])), size.row_tokens, size.row_tokens)
-        fill_rows(filled, *added)
-        if not passes or size.exceeded(filled):
-            passes.append([])
-            filled = fill_rows([], *added)
-        passes[-1].append(i)
+    order = sorted(range(len(instances)), key=lambda i: min(query.tokens for query in instances[i]))
+    if all(len(queries) == 1 for queries in instances):  # which stand in the rows in this order
+        filled: list[Row] = []
+        for i in order:
+            added = (instances[i], range(1), size.row_tokens, size.row_tokens)
+            if not passes or size.exceeded(fill_rows(filled, *added)):
+                passes.append([])
+                filled = fill_rows([], *added)
+            passes[-1].append(i)
+        return passes
+    start = 0
+    while start < len(order):
+        count = _how_many_fit(instances, order[start:], size)
+        passes.append(order[start : start + count])
+        start += count
     return passes
+
+
+def _how_many_fit(instances: Sequence[Sequence[Query]], order: Sequence[int], size: PassSize) -> int:
+    """How many instances fit into a pass, in this order; at least 1. Found by trying, since the queries of several
+    instances stand in the rows mixed, and share more together than each instance by itself."""
+    limit = size.row_tokens
+    assert limit is not None
+
+    def fit(count: int) -> bool:
+        queries = sorted((query for i in order[:count] for query in instances[i]), key=lambda query: query.tokens)
+        return not size.exceeded(fill_rows([], queries, range(len(queries)), limit, limit))
+
+    low, high = 1, 2  # so many fit, unless even 1 does not; so many may not
+    while high <= len(order) and fit(high):
+        low, high = high, 2 * high
+    high = min(high, len(order) + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fit(middle) else (low, middle)
+    return low
 
 
 def pack(queries: Sequence[Query], row_tokens: int | None) -> PackedBatch:

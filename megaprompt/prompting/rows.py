@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from megaprompt.prompting.template import Query
+from megaprompt.prompting.query import Query
 from megaprompt.prompting.trunks import Trunk, trunks_of
 
 
@@ -27,7 +27,7 @@ class Row:
 
     def fits(self, query: Query, row_tokens: int, known_tokens: int) -> bool:
         """Whether there is room for what a query would add."""
-        if query == self.newest:
+        if self._is_newest(query):
             return True
         trunks, nodes = self._shared(query)
         computed = len(query.tokens) - end_of(query.cuts) - nodes
@@ -36,9 +36,14 @@ class Row:
             not known or self.known + known <= known_tokens
         )
 
+    def _is_newest(self, query: Query) -> bool:
+        """Whether its tokens are the last ones of the row, whatever is read there."""
+        newest = self.newest
+        return newest is not None and query._replace(targets=newest.targets, labels=newest.labels) == newest
+
     def _shared(self, query: Query) -> tuple[int, int]:
         """How many trunks, and nodes of the path behind them, a query shares with the newest one."""
-        if self.newest is None:
+        if self.newest is None or query.bidirectional:  # there, what a token is depends on all others
             return 0, 0
         trunks = start = nodes = 0
         for end, other in zip(query.cuts, self.newest.cuts, strict=False):
@@ -53,11 +58,14 @@ class Row:
         return trunks, nodes
 
     def add(self, number: int, query: Query) -> None:
-        if query == self.newest:
-            self.ends.append((number, self.ends[-1][1]))
-            return
+        known = end_of(query.cuts)
+        if not self._is_newest(query):
+            self._extend(query, known)
+            self.newest = query
+        self.ends.append((number, [self.path[target - known] for target in query.targets]))
+
+    def _extend(self, query: Query, known: int) -> None:
         trunks, nodes = self._shared(query)
-        self.newest = query
         del self.path[nodes:], self.behind[trunks:]
         for trunk in trunks_of(query)[trunks:]:
             self.behind.append(len(self.trunks))
@@ -65,7 +73,6 @@ class Row:
             self.seen_from.append(len(self.tokens))
             self.seen_until.append(0)
             self.known += trunk.length
-        known = end_of(query.cuts)
         for depth in range(known + nodes, len(query.tokens)):
             self.path.append(len(self.tokens))
             self.tokens.append(query.tokens[depth])
@@ -76,9 +83,6 @@ class Row:
             self.visible_until[position] = len(self.tokens)
         for number_of_trunk in self.behind:
             self.seen_until[number_of_trunk] = len(self.tokens)
-        self.ends.append((number, [self.path[target - known] for target in query.targets]))
-        if query.bidirectional:  # what a token is depends on all others: nothing to share
-            self.path.clear()
 
     def keys(self, known: int, width: int) -> tuple[list[int], list[int]]:
         """By which positions each key is seen, from and until: trunks, with padding `known`, and the row, with padding

@@ -14,11 +14,12 @@ is the negative number -1-k, so that one tuple of integers describes a query com
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from megaprompt.errors import UsageError
+from megaprompt.prompting.query import Query, QueryWriter, TextEncoder
 
 FACT = ("X",)
 """The fields of a fact: its subject."""
@@ -38,33 +39,6 @@ class Place(NamedTuple):
 
 Piece = int | str | Place
 """One piece of a template: the length of a run of pseudo tokens, literal text, or a place."""
-
-
-class Query(NamedTuple):
-    """The tokens of one query. At `tokens[target]`, for each of the targets, the model's output is read: there it
-    predicts the answer, or, where the answer is a text that is given, the token in `labels` that belongs to the target.
-    """
-
-    tokens: tuple[int, ...]
-    targets: tuple[int, ...]
-    labels: tuple[int, ...] = ()
-    bidirectional: bool = False  # every token sees all others, not only those before it
-    cuts: tuple[int, ...] = ()  # where its trunks end, ascending; tokens before are computed in advance (see `trunks`)
-
-
-class TextEncoder(NamedTuple):
-    """How one backbone reads text; made by `megaprompt.backbone`.
-
-    `encode(text, is_start)` gives vocabulary ids without special tokens. Text that is not the start follows a word, as
-    a new one if it starts with white space, else as a part of it ("'s").
-    `prefix` is what stands before every text (a beginning-of-text token, or nothing). A bidirectional model has a
-    `mask` token, which stands for the answer, and a `suffix` after every text.
-    """
-
-    encode: Callable[[str, bool], list[int]]
-    prefix: tuple[int, ...] = ()
-    mask: int | None = None
-    suffix: tuple[int, ...] = ()
 
 
 def default_template(causal: bool, places: Sequence[str] = ("[X]",)) -> str:
@@ -111,23 +85,30 @@ class Template:
         """How many vectors a prompt for this template has."""
         return sum(piece for piece in self.pieces if isinstance(piece, int))
 
-    def with_pseudo_tokens(self, encoder: TextEncoder) -> tuple[Template, list[int]]:
+    def with_pseudo_tokens(self, encoder: TextEncoder, given_answer: bool = False) -> tuple[Template, list[int]]:
         """A manual prompt with a pseudo token for each of its tokens, and the ids of these tokens.
 
         With their embeddings as vectors it asks what the manual prompt asks (OptiPrompt, arXiv 2104.05240, section 3).
+
+        Args:
+            encoder: of the backbone.
+            given_answer: answers will be given; then a causal backbone also predicts the text behind the last place,
+                which stays as it is.
 
         Raises:
             UsageError: there are pseudo tokens already.
         """
         text, tokens, is_start = "", [], True
-        for piece in self.pieces:
+        for i, piece in enumerate(self.pieces):
             if isinstance(piece, int):
                 raise UsageError(f"template {self.text!r} has pseudo tokens; a manual prompt has none")
             if isinstance(piece, Place):
                 text += str(piece)
                 is_start = False
-                if piece.name == ANSWER and encoder.mask is None:  # a causal backbone reads no further
+                if piece.name == ANSWER and encoder.mask is None and not given_answer:  # no more is read
                     break
+            elif given_answer and encoder.mask is None and i == len(self.pieces) - 1:
+                text += piece
             elif piece.strip():
                 ids = encoder.encode(piece.strip() if is_start else piece.rstrip(), is_start)
                 text += f"<{len(ids)}>"
@@ -187,7 +168,11 @@ class Template:
             UsageError: a field stands after [Y], where a causal model cannot see it, nothing stands before the answer,
                 or the query cannot be made to fit.
         """
-        query = self._rendered(fields, encoder, answer, before)
+
+        def rendered(fields: Mapping[str, str]) -> Query:
+            return _written(self, fields, encoder, answer, before).query(asked=answer is None)
+
+        query = rendered(fields)
         if max_tokens is None or len(query.tokens) <= max_tokens:
             return query
         places = [piece.name for piece in self.pieces if isinstance(piece, Place) and piece.may_be_cut]
@@ -198,37 +183,60 @@ class Template:
             while low < high:
                 middle = (low + high) // 2
                 shorter[name] = " ".join(words[:middle])
-                query = self._rendered(shorter, encoder, answer, before)
+                query = rendered(shorter)
                 low, high = (middle + 1, high) if len(query.tokens) <= max_tokens else (low, middle)
             shorter[name] = " ".join(words[: max(0, low - 1)])
             if low:
-                return self._rendered(shorter, encoder, answer, before)
+                return rendered(shorter)
         raise UsageError(
             f"template {self.text!r}: {len(query.tokens)} tokens are left where {max_tokens} fit"
             + ("" if places else "; mark fields that may be cut, as [name...]")
         )
 
-    def _rendered(self, fields: Mapping[str, str], encoder: TextEncoder, answer: str | None, before: str) -> Query:
-        at = next(i for i, piece in enumerate(self.pieces) if isinstance(piece, Place) and piece.name == ANSWER)
-        unread = self.pieces[at:] if encoder.mask is None and answer is None else ()
-        if late := [str(piece) for piece in unread[1:] if isinstance(piece, Place)]:
-            raise UsageError(
-                f"template {self.text!r} has {late[0]} after [Y]; a causal backbone reads only what stands before the "
-                f"answer"
-            )
-        writer = _Writer(encoder, before)
-        for piece in self.pieces[: len(self.pieces) - len(unread)]:
-            if isinstance(piece, int):
-                writer.pseudo_tokens(piece)
-            elif isinstance(piece, str):
-                writer.text += piece
-            elif piece.name != ANSWER:
-                writer.text += fields[piece.name]
-            elif answer is None:
-                writer.mask(1)
-            else:
-                writer.answer(answer)
-        return writer.query(answer)
+
+def pseudo_likelihood(
+    template: Template,
+    fields: Mapping[str, str],
+    encoder: TextEncoder,
+    answer: str,
+    *,
+    before: str = "",
+    answer_only: bool = False,
+) -> tuple[Query, ...]:
+    """The queries that tell a bidirectional model's pseudo log-likelihood of a text with a given answer: one for
+    each token, which is masked together with the later tokens of its word (Kauf and Ivanova, arXiv 2305.10588).
+
+    The tokens of what stands `before` are not asked for; with `answer_only`, only those of the answer are.
+
+    Raises:
+        MegapromptError: the tokenizer does not tell what is a word.
+    """
+    return _written(template, fields, encoder, answer, before).pseudo_likelihood(answer_only)
+
+
+def _written(
+    template: Template, fields: Mapping[str, str], encoder: TextEncoder, answer: str | None, before: str
+) -> QueryWriter:
+    at = next(i for i, piece in enumerate(template.pieces) if isinstance(piece, Place) and piece.name == ANSWER)
+    unread = template.pieces[at:] if encoder.mask is None and answer is None else ()
+    if late := [str(piece) for piece in unread[1:] if isinstance(piece, Place)]:
+        raise UsageError(
+            f"template {template.text!r} has {late[0]} after [Y]; a causal backbone reads only what stands before the "
+            f"answer"
+        )
+    writer = QueryWriter(encoder, before)
+    for piece in template.pieces[: len(template.pieces) - len(unread)]:
+        if isinstance(piece, int):
+            writer.pseudo_tokens(piece)
+        elif isinstance(piece, str):
+            writer.text += piece
+        elif piece.name != ANSWER:
+            writer.text += fields[piece.name]
+        elif answer is None:
+            writer.mask()
+        else:
+            writer.answer(answer)
+    return writer
 
 
 def _piece(part: str, names: Sequence[str]) -> Piece:
@@ -237,76 +245,3 @@ def _piece(part: str, names: Sequence[str]) -> Piece:
     if part[0] == "[" and part[-1] == "]" and part[1:-1].removesuffix("...") in names:
         return Place(part[1:-1].removesuffix("..."), part.endswith("...]"))
     return part
-
-
-@dataclass
-class _Writer:
-    """The tokens of a query while they are written, piece by piece."""
-
-    encoder: TextEncoder
-    text: str = ""  # not encoded yet
-    tokens: list[int] = field(default_factory=list)
-    labelled: list[int] = field(default_factory=list)  # positions of the answer, and of words behind it
-    labels: list[int] = field(default_factory=list)
-    masks: list[int] = field(default_factory=list)  # their positions
-    pseudo: int = 0
-    is_start: bool = True
-    behind_pseudo_token: bool = False
-
-    def __post_init__(self) -> None:
-        self.tokens += self.encoder.prefix
-
-    def flush(self) -> None:
-        """Encode the text so far. A line's end is kept, spaces before the next word are not."""
-        if self.text.strip():
-            new_word = (self.behind_pseudo_token or self.text[0].isspace()) and not self.is_start
-            words = self.text.strip(" \t")
-            self._write(self.encoder.encode(f" {words}" if new_word else words, self.is_start))
-            self.is_start = False
-        self.text, self.behind_pseudo_token = "", False
-
-    def _write(self, ids: Sequence[int]) -> None:
-        if self.labelled and not self.masks:  # behind the answer of a causal backbone
-            self.labelled += range(len(self.tokens), len(self.tokens) + len(ids))
-            self.labels += ids
-        self.tokens += ids
-
-    def pseudo_tokens(self, count: int) -> None:
-        self.flush()
-        self.tokens += range(-1 - self.pseudo, -1 - self.pseudo - count, -1)
-        self.pseudo += count
-        self.behind_pseudo_token = True
-        self.is_start = self.is_start and count == 0
-
-    def mask(self, count: int) -> None:
-        self.flush()
-        assert self.encoder.mask is not None  # otherwise nothing is read from [Y] on
-        self.masks += range(len(self.tokens), len(self.tokens) + count)
-        self.tokens += [self.encoder.mask] * count
-        self.is_start = False
-
-    def answer(self, text: str) -> None:
-        """A given answer."""
-        self.flush()
-        ids = self.encoder.encode(text.strip() if self.is_start else f" {text.strip()}", self.is_start)
-        self.labels += ids
-        if self.encoder.mask is not None:
-            self.mask(len(ids))
-            return
-        self.labelled += range(len(self.tokens), len(self.tokens) + len(ids))
-        self.tokens += ids
-        self.is_start = False
-
-    def query(self, answer: str | None) -> Query:
-        self.flush()
-        tokens = (*self.tokens, *self.encoder.suffix)
-        if self.encoder.mask is not None:
-            return Query(tokens, tuple(self.masks), tuple(self.labels), bidirectional=True)
-        if answer is None:
-            return Query(tokens, (len(tokens) - 1,))
-        if self.labelled[:1] == [0]:
-            raise UsageError(
-                "nothing stands before the answer, and this tokenizer has no beginning-of-text token: put words or "
-                "pseudo tokens before [Y]"
-            )
-        return Query(tokens, tuple(position - 1 for position in self.labelled), tuple(self.labels))

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
-from megaprompt.prompting.template import Query
+from megaprompt.prompting.query import Query
 
 SHORTEST = 16
 """Tokens from which on a trunk pays for the pass that computes it. (Measured; see `benchmarks/trunks.py`.)"""

@@ -25,7 +25,7 @@ from megaprompt.backbone.megatron import FairseqMegatronConfig
 from megaprompt.backbone.packed import PackedModel, language_model
 from megaprompt.errors import UsageError, first_line
 from megaprompt.prompting.packing import PassSize, pack, split_into_passes
-from megaprompt.prompting.template import Query
+from megaprompt.prompting.query import Query
 
 Method = Literal["p-tuning", "fine-tuning"]
 

@@ -21,7 +21,7 @@ from megaprompt.run.averages import summarize
 from megaprompt.run.saved_prompts import SavedPrompt, load_prompts
 from megaprompt.tasks.lama.facts import Data, load_data
 from megaprompt.tasks.lama.one_token import OneToken
-from megaprompt.tasks.lama.questions import lama_tasks, load_vocabulary
+from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary
 from megaprompt.tasks.task import Instance
 
 logger = logging.getLogger(__name__)
@@ -59,11 +59,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     prompts = {name: prompts[name] for name in config.relations or prompts}
     data = load_data(config.data or next(iter(prompts.values())).data)
     backbone = _backbone_for(prompts, config.backbone, config.dtype)
-    vocabulary = load_vocabulary(config.vocab, data, backbone.tokenization)
+    ask_for = AskFor()
+    if not data.has_answer_spaces:
+        ask_for = AskFor(load_vocabulary(config.vocab, data, backbone.tokenization))
     tasks = lama_tasks(
         data,
         backbone,
-        vocabulary,
+        ask_for,
         names=tuple(prompts),
         splits=(config.split,),
         limit=config.limit_facts,
@@ -86,7 +88,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             }
             done += len(examples)
             update(done)
-    about = {"split": config.split, "data": data.name, "vocabulary": vocabulary.name}
+    about = {"split": config.split, "data": data.name, "vocabulary": ask_for.vocabulary and ask_for.vocabulary.name}
     return {**about, "relations": rows, **summarize(rows, list(OneToken.metrics))}
 
 

@@ -15,6 +15,7 @@ import torch
 
 from megaprompt import __version__
 from megaprompt.backbone import Backbone, dtype_of, load_backbone
+from megaprompt.backbone.tokenization import Tokenization
 from megaprompt.config import ProbeConfig
 from megaprompt.distributed.deepspeed_config import DeepSpeedSettings, read_deepspeed_config
 from megaprompt.distributed.launch import joined_world
@@ -31,8 +32,8 @@ from megaprompt.run.context import RunContext
 from megaprompt.run.directory import SCHEMA, RunDirectory
 from megaprompt.run.environment import environment
 from megaprompt.run.progress import ProgressFile
-from megaprompt.tasks.lama.facts import load_data
-from megaprompt.tasks.lama.questions import Vocabulary, lama_tasks, load_vocabulary
+from megaprompt.tasks.lama.facts import Data, load_data
+from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary
 from megaprompt.tasks.task import SPLITS, Split, Task
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,7 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
 
 
 def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str, Any]:
-    if config.template is not None:
-        Template.parse(config.template)  # wrong ones are told at once
+    Template.parse(config.template or "[X][Y]")  # wrong ones are told at once
     deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed else DeepSpeedSettings()
     data = load_data(config.data)
     discrete = {name: read_discrete_prompts(path) for name, path in config.discrete_prompts().items()}
@@ -74,18 +74,17 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
     dtype = _dtype(config, deepspeed, world)
     backbone = load_backbone(config.backbone, dtype, world.device, deepspeed.sharding)
     size = backbone.exact_size(PassSize(config.row_tokens, config.pass_tokens))
-    vocabulary = load_vocabulary(config.vocab, data, backbone.tokenization)
+    ask_for = what_to_ask_for(config, data, backbone.tokenization)
     tasks = lama_tasks(
         data,
         backbone,
-        vocabulary,
+        ask_for,
         names=config.relations,
         splits=_splits(config, discrete),
         limit=config.limit_facts,
         seed=config.data_seed,
-        among_allowed=RECIPES[config.recipe].among_allowed,
     )
-    results = results or new_results(backbone, tasks, world, data=data.name, vocabulary=vocabulary)
+    results = results or new_results(backbone, tasks, world, data=data.name, ask_for=ask_for)
     _check_same_backbone(results, backbone, run)
 
     def load(trainable: bool) -> tuple[Backbone, dict[str, Any] | None]:
@@ -151,6 +150,13 @@ def _dtype(config: ProbeConfig, deepspeed: DeepSpeedSettings, world: World) -> t
     return deepspeed.dtype or dtype_of(config.dtype, world.device)
 
 
+def what_to_ask_for(config: ProbeConfig, data: Data, tokenization: Tokenization) -> AskFor:
+    """Tokens or whole answers: as --answers says, else whole ones where the data has answers to choose from."""
+    answers = config.answers or ("candidates" if data.has_answer_spaces else "token")
+    vocabulary = load_vocabulary(config.vocab, data, tokenization) if answers == "token" else None
+    return AskFor(vocabulary, RECIPES[config.recipe].among_allowed, config.learn_by, config.bos == "always")
+
+
 def _splits(config: ProbeConfig, discrete: Mapping[str, Prompts]) -> tuple[Split, ...]:
     """In which a relation must have facts."""
     if set(config.methods) - {"manual"}:
@@ -176,15 +182,21 @@ def _name(backbone: Backbone) -> str:
 
 
 def new_results(
-    backbone: Backbone, tasks: Mapping[str, Task], world: World, *, data: str, vocabulary: Vocabulary | None = None
+    backbone: Backbone,
+    tasks: Mapping[str, Task],
+    world: World,
+    *,
+    data: str,
+    ask_for: AskFor | None = None,
 ) -> dict[str, Any]:
     """results.json before anything was asked.
 
     Args:
         data: its name.
-        vocabulary: the tokens that count as answers, if answers are tokens.
+        ask_for: how facts are answered, if they are facts.
     """
     objective = next(iter(tasks.values())).objective
+    vocabulary = ask_for and ask_for.vocabulary
     return {
         "schema": SCHEMA,
         "complete": False,
@@ -200,6 +212,7 @@ def new_results(
         "items": objective.items,
         "data": {
             "name": data,
+            "answers": ask_for and ask_for.answers,
             "vocabulary": vocabulary and {"name": vocabulary.name, "tokens": int(vocabulary.allowed.sum())},
             "relations": {name: _describe(task) for name, task in tasks.items()},
         },
@@ -216,4 +229,5 @@ def _describe(task: Task) -> dict[str, Any]:
         "template": task.manual,
         "facts": {split: len(task.examples[split]) for split in SPLITS},
         "left_out": dict(task.left_out),
+        "usable": dict(task.usable),
     }

@@ -36,6 +36,7 @@ class Outputs:
     query_of_target: Tensor  # [T] int64
     labels: Tensor  # [T] int64; the tokens of answers that are given, 0 elsewhere
     instance_of_query: Tensor  # [Q] int64
+    candidate_of_query: Tensor  # [Q] int64; which candidate of its instance it belongs to
 
     def at_targets(self) -> Tensor:
         """[T, D], in at least single precision."""
@@ -43,17 +44,27 @@ class Outputs:
 
     def log_probabilities(self) -> Tensor:
         """[Q] of each query's labels together: how likely the given answer is."""
-        each = _at_least_float32(self.values).log_softmax(1)[self.value_of_target, self.labels]
+        values = _at_least_float32(self.values)
+        # By parts, so that there is no second copy of all logits, and a part stays in the processor's cache.
+        parts = values.split(max(1, _ELEMENTS // max(1, values.shape[1])))
+        normalizers = torch.cat([part.logsumexp(1) for part in parts])
+        each = values[self.value_of_target, self.labels] - normalizers[self.value_of_target]
         return each.new_zeros(len(self.instance_of_query)).index_add(0, self.query_of_target, each)
 
     def by_instance(self, of_queries: Tensor) -> Tensor:
-        """Values [Q] of queries as [I, most queries of an instance]; minus infinity where an instance has fewer."""
-        instances = self.instance_of_query.tolist()
-        counts = Counter(instances)
-        places = [place for i in sorted(counts) for place in range(counts[i])]  # queries stand instance by instance
-        table = of_queries.new_full((len(counts), max(counts.values(), default=0)), -torch.inf)
-        where = (self.instance_of_query, torch.tensor(places, dtype=torch.int64, device=of_queries.device))
-        return table.index_put(where, of_queries)
+        """Values [Q] of queries as [I, most candidates of an instance], those of a candidate added up; minus infinity
+        where an instance has fewer."""
+        if not len(of_queries):
+            return of_queries.new_zeros(0, 0)
+        where = (self.instance_of_query, self.candidate_of_query)
+        shape = (int(where[0].max()) + 1, int(where[1].max()) + 1)
+        table = of_queries.new_zeros(shape).index_put(where, of_queries, accumulate=True)
+        none = torch.ones(shape, dtype=torch.bool, device=of_queries.device)
+        none[where] = False
+        return table.masked_fill(none, -torch.inf)
+
+
+_ELEMENTS = 1 << 21  # of logits that are worked on at once
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 from megaprompt.errors import MegapromptError, UsageError
-from megaprompt.prompting.template import FACT, Query, Template, TextEncoder
+from megaprompt.prompting.query import Query, TextEncoder
+from megaprompt.prompting.template import FACT, Template, default_template
 from megaprompt.tasks.objective import Objective
 
 Split = Literal["train", "dev", "test"]
@@ -25,11 +26,12 @@ class Example(NamedTuple):
 
 
 class Instance(NamedTuple):
-    """An example as the backbone reads it: one query, or one for each candidate."""
+    """An example as the backbone reads it: one query, or one or more for each candidate."""
 
     queries: tuple[Query, ...]
     gold: int
     group: str | None = None
+    candidates: tuple[int, ...] = ()  # which candidate each query belongs to; none if each has one query
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Task:
     manual: str | None = None  # the template that came with the data
     others: tuple[str, ...] = ()  # more wordings that came with it
     left_out: Mapping[str, int] = field(default_factory=dict)  # reason -> examples of the data that cannot be scored
+    usable: Mapping[str, int] = field(default_factory=dict)  # way to answer -> examples of test that can be asked so
     max_tokens: int | None = None  # of a query without demonstrations; longer ones are cut
+    end: str = ""  # what closes a text behind the answer
 
     @property
     def places(self) -> list[str]:
@@ -86,6 +90,10 @@ class Task:
             )
         return self.template(self.manual)
 
+    def manual_with_pseudo_tokens(self) -> tuple[Template, list[int]]:
+        """The same with a pseudo token for each of its tokens, and these tokens."""
+        return self.manual_template.with_pseudo_tokens(self.encoder)
+
     @property
     def wordings(self) -> tuple[str, ...]:
         """All templates that came with the data."""
@@ -97,7 +105,8 @@ class Task:
         for text in dict.fromkeys(texts):
             try:
                 template = self.template(text)
-                template.render(dict.fromkeys(self.fields, "subject"), self.encoder)
+                for example in self.examples["test"][:1]:
+                    self.instance(example, template)
             except UsageError:
                 continue
             found.append(template)
@@ -106,7 +115,11 @@ class Task:
     @property
     def bare_template(self) -> Template:
         """The fields alone, for a model that is trained to understand them so."""
-        return self.template(" ".join([*self.places, "[Y]"]))
+        return self.template(" ".join([*self.places, f"[Y]{self.end}"]))
+
+    def default_template(self, causal: bool) -> Template:
+        """The paper's template with pseudo tokens, for a kind of model."""
+        return self.template(default_template(causal, self.places) + self.end)
 
     def demonstrations(self, examples: Sequence[Example]) -> str:
         """Examples with their answers in the manual prompt, one a line: text to stand before a question.
@@ -123,6 +136,10 @@ class Task:
             UsageError: the template does not suit the backbone, or an example does not fit.
         """
         return [self.instance(example, template, before) for example in self.examples[split]]
+
+    def training_instances(self, template: Template, before: str = "") -> list[Instance]:
+        """The examples of train, as they are learned from."""
+        return self.instances("train", template, before)
 
     def instance(self, example: Example, template: Template, before: str = "") -> Instance:
         """One example, asked with a template behind some text.

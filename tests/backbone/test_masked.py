@@ -30,7 +30,8 @@ from megaprompt.backbone.packed import language_model
 from megaprompt.config import ProbeConfig
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.packing import PassSize, pack, split_into_passes
-from megaprompt.prompting.template import Query, Template, TextEncoder, default_template
+from megaprompt.prompting.query import Query, TextEncoder
+from megaprompt.prompting.template import Template, default_template
 from megaprompt.resources.profile import Workload, profile, shape_of
 from megaprompt.run.job import probe
 from megaprompt.tasks.lama.facts import SPLITS, load_data

@@ -14,7 +14,7 @@ from megaprompt.backbone import fairseq_bridge, load_backbone
 from megaprompt.backbone.fairseq_bridge import convert, convert_back
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.packing import PassSize, pack
-from megaprompt.prompting.template import Query
+from megaprompt.prompting.query import Query
 from tests.backbone.megatron_parts import WORDS, plain_logits, random_model, write_checkpoint, write_dictionaries
 
 ROWS = 96  # 80 symbols, padded

@@ -205,7 +205,7 @@ from megaprompt.backbone import load_backbone
 from megaprompt.distributed.launch import joined_world
 from megaprompt.distributed.deepspeed_config import read_deepspeed_config
 from megaprompt.prompting.packing import pack
-from megaprompt.prompting.template import Query
+from megaprompt.prompting.query import Query
 
 with joined_world(force=True) as world:
     config = read_deepspeed_config(Path(sys.argv[2])).sharding

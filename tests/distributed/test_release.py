@@ -19,7 +19,7 @@ from megaprompt.distributed.deepspeed_config import read_deepspeed_config
 from megaprompt.distributed.launch import joined_world
 from megaprompt.distributed.zero3 import release, shard
 from megaprompt.prompting.packing import pack
-from megaprompt.prompting.template import Query
+from megaprompt.prompting.query import Query
 from megaprompt.resources.measured_case import PeakMemory
 
 directory, config, trained = sys.argv[1:]

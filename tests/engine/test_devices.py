@@ -28,7 +28,7 @@ from megaprompt.distributed.world import World
 from megaprompt.engine.passes import Questions, Workplace, answers, backward_passes, joint_answers
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.prompt_encoder import PromptEncoder
-from megaprompt.prompting.template import Query
+from megaprompt.prompting.query import Query
 from megaprompt.tasks.lama.one_token import OneToken
 from megaprompt.tasks.task import Instance
 

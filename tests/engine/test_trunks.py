@@ -17,8 +17,9 @@ from megaprompt.engine.passes import Questions, Workplace, answers, backward_pas
 from megaprompt.engine.trainer import Hooks, Interrupted, Trainer
 from megaprompt.engine.trunks import may_be_cut
 from megaprompt.prompting.packing import PassSize
+from megaprompt.prompting.query import Query
 from megaprompt.prompting.recipe import Recipe
-from megaprompt.prompting.template import Query, Template
+from megaprompt.prompting.template import Template
 from megaprompt.prompting.trunks import SHORTEST, cut, trunks_of
 from megaprompt.tasks.lama.one_token import rank_of_gold
 from megaprompt.tasks.task import Instance

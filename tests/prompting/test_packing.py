@@ -11,7 +11,8 @@ from megaprompt.backbone import Backbone
 from megaprompt.errors import MegapromptError
 from megaprompt.prompting.packing import PassSize, pack, split_into_passes
 from megaprompt.prompting.prompt_encoder import PromptEncoder
-from megaprompt.prompting.template import Query, Template
+from megaprompt.prompting.query import Query
+from megaprompt.prompting.template import Template
 from tests.conftest import PAIRS, plain_logits
 
 WORDS = range(20, 30)

@@ -1,7 +1,8 @@
 import pytest
 
-from megaprompt.errors import UsageError
-from megaprompt.prompting.template import Template, TextEncoder, default_template
+from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.prompting.query import TextEncoder
+from megaprompt.prompting.template import Template, default_template, pseudo_likelihood
 
 
 def spell(text: str, is_start: bool) -> list[int]:
@@ -115,9 +116,9 @@ def test_what_cannot_be_cut_enough_is_told():
 def test_a_given_answer_is_read_with_the_words_behind_it():
     template = Template.parse("The capital of [X] is <1>[Y] in <1> fact.")
     query = template.render({"X": "Peru"}, TextEncoder(spell, (7,)), answer="Lima city")
-    assert query.tokens == (7, 103, 107, 102, 104, 102, -1, 0, 104, 104, 0, 102, -2, 0, 105)
-    assert query.labels == (0, 104, 104, 0, 102, 0, 105)  # not the pseudo token
-    assert query.targets == (6, 7, 8, 9, 10, 12, 13)  # each where the label comes next
+    assert query.tokens == (7, 103, 107, 102, 104, 102, -1, 0, 104, 104, 102, -2, 0)  # the last one, 105, is not read
+    assert query.labels == (0, 104, 104, 102, 0, 105)  # not the pseudo token
+    assert query.targets == (6, 7, 8, 9, 11, 12)  # each where the label comes next
     first = Template.parse("[Y] is the capital of [X]").render({"X": "Peru"}, TextEncoder(spell, (7,)), answer="Lima")
     assert (first.targets[0], first.labels[0]) == (0, 104)
     with pytest.raises(UsageError, match="nothing stands before the answer"):
@@ -126,9 +127,61 @@ def test_a_given_answer_is_read_with_the_words_behind_it():
 
 def test_a_masked_model_has_a_mask_for_each_token_of_a_given_answer():
     masked = TextEncoder(lambda text, _: [100 + len(word) for word in text.split()], (2,), mask=4, suffix=(3,))
-    query = Template.parse("[X] has <1>[Y].").render({"X": "Peru"}, masked, answer="Lima city")
+    query = Template.parse("[X] has <1>[Y] .").render({"X": "Peru"}, masked, answer="Lima city")
     assert query.tokens == (2, 104, 103, -1, 4, 4, 101, 3)
     assert (query.targets, query.labels, query.bidirectional) == ((4, 5), (104, 104), True)
+
+
+def test_a_sentence_has_the_tokens_that_it_has_in_any_text(make_backbone):
+    """They may join the answer to what stands around it; then the whole token is part of the answer."""
+
+    def pairs(text: str, is_start: bool) -> list[int]:
+        return [1000 * ord(text[i]) + ord(text[i + 1 : i + 2] or " ") for i in range(0, len(text), 2)]
+
+    query = Template.parse("[X] [Y]!?").render({"X": "ab"}, TextEncoder(pairs, (7,)), answer="c")
+    assert query.tokens == (7, *pairs("ab c!?", True)[:-1])
+    assert query.labels == tuple(pairs(" c!?", False))
+    query = Template.parse("[X]'[Y]").render({"X": "ab"}, TextEncoder(pairs, (7,)), answer="cd")
+    assert query.labels == tuple(pairs("'cd", False))
+    written = []
+    note = TextEncoder(lambda text, is_start: [written.append(text), len(text)][1:], (7,))
+    Template.parse("[X][Y]").render({"X": "Peru"}, note, answer="Lima")
+    Template.parse("<1>[X]<1>([Y])").render({"X": "Peru"}, note, answer="Lima")
+    assert [text for text in written if "Lima" in text] == ["Peru Lima", "Peru Lima", " (Lima)", " (Lima"]
+
+
+def test_pseudo_likelihood_masks_the_rest_of_a_word(make_backbone):
+    """Words of three letters a token; `in` and the answer are of two tokens and more."""
+
+    def spell3(text: str, is_start: bool) -> list[int]:
+        return [ord(word[i]) for word in text.split() for i in range(0, len(word), 3)]
+
+    def words(text: str, is_start: bool) -> list[int]:
+        return [n for n, word in enumerate(text.split()) for _ in range(0, len(word), 3)]
+
+    encoder = TextEncoder(spell3, (2,), mask=0, suffix=(3,), words=words)
+    template = Template.parse("[X] has <1>[Y] too")
+    queries = pseudo_likelihood(template, {"X": "Peru"}, encoder, answer="Lima city")
+    P, u, h, L, a, c, y, t = map(ord, "PuhLacyt")
+    assert [query.tokens for query in queries] == [
+        (2, 0, 0, h, -1, L, a, c, y, t, 3),
+        (2, P, 0, h, -1, L, a, c, y, t, 3),
+        (2, P, u, 0, -1, L, a, c, y, t, 3),
+        (2, P, u, h, -1, 0, 0, c, y, t, 3),
+        (2, P, u, h, -1, L, 0, c, y, t, 3),
+        (2, P, u, h, -1, L, a, 0, 0, t, 3),
+        (2, P, u, h, -1, L, a, c, 0, t, 3),
+        (2, P, u, h, -1, L, a, c, y, 0, 3),
+    ]
+    assert [query.targets for query in queries] == [(1,), (2,), (3,), (5,), (6,), (7,), (8,), (9,)]
+    assert [query.labels[0] for query in queries] == [P, u, h, L, a, c, y, t]
+    assert all(query.bidirectional for query in queries)
+    only = pseudo_likelihood(template, {"X": "Peru"}, encoder, answer="Lima city", answer_only=True)
+    assert list(only) == list(queries[3:7])
+    behind = pseudo_likelihood(template, {"X": "Peru"}, encoder, answer="Lima city", before="Cuba has Rome.\n")
+    assert [query.labels for query in behind] == [query.labels for query in queries]
+    with pytest.raises(MegapromptError, match="does not tell where words are"):
+        pseudo_likelihood(template, {"X": "Peru"}, encoder._replace(words=None), answer="Lima")
 
 
 def test_demonstrations_stand_in_front_on_lines_of_their_own(make_backbone):

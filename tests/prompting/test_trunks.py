@@ -3,7 +3,8 @@
 import torch
 
 from megaprompt.prompting.packing import PassSize, pack, split_into_passes
-from megaprompt.prompting.template import Query, Template
+from megaprompt.prompting.query import Query
+from megaprompt.prompting.template import Template
 from megaprompt.prompting.trunks import SHORTEST, Trunk, constant_tokens, cut, trunks_of
 
 LONG = tuple(range(100, 100 + 2 * SHORTEST))

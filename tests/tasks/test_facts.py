@@ -100,7 +100,7 @@ def test_malformed_lines_name_file_and_line(data_directory, line, message):
 def test_nothing_there(tmp_path):
     with pytest.raises(UsageError, match="no such directory"):
         load_data(str(tmp_path / "missing"))
-    with pytest.raises(UsageError, match="--data geonames: .*give world or a directory"):
+    with pytest.raises(UsageError, match=r"--data geonames: .*give world or a directory"):
         load_data("geonames")  # as the packaged data was called once
     with pytest.raises(UsageError, match="no facts found"):
         load_data(str(tmp_path))

@@ -31,6 +31,7 @@ class Relation:
     Args:
         template: the manual prompt; None if the data has none.
         wordings: more manual prompts.
+        answers: what is to choose from in test, if the data says so.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Relation:
     template: str | None
     facts: dict[Split, list[Fact]] = field(repr=False)
     wordings: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Data:
     name: str
     relations: dict[str, Relation]
     vocabulary: Path | None = None
+
+    @property
+    def has_answer_spaces(self) -> bool:
+        """Whether it says what is to choose from."""
+        return any(relation.answers for relation in self.relations.values())
 
     @property
     def objects(self) -> list[str]:
@@ -68,7 +75,7 @@ class Data:
 
 
 def load_data(spec: str) -> Data:
-    """`world`, the packaged data, or a directory in one of the layouts of the LAMA family.
+    """`world`, the packaged data, or a directory in BEAR's layout (`tasks.lama.bear`) or in one of the LAMA family's.
 
     Read are, with `relations.jsonl` (relation, template, label, type, and more wordings in a list, templates) in the
     directory where there is one:
@@ -85,9 +92,15 @@ def load_data(spec: str) -> Data:
         from megaprompt.tasks.lama.world import world  # which imports this module
 
         return world()
+    from megaprompt.tasks.lama.bear import bear, is_bear  # likewise
+
     root = Path(spec)
     if not root.is_dir():
-        raise UsageError(f"--data {spec}: there is no such directory; give world or a directory in the LAMA layout")
+        raise UsageError(
+            f"--data {spec}: there is no such directory; give world or a directory in the layout of LAMA or BEAR"
+        )
+    if is_bear(root):
+        return bear(root)
     files = fact_files(root)
     if not files:
         raise UsageError(

@@ -1,0 +1,77 @@
+"""The whole job on BEAR's layout: each wording, their mean, the best on dev, and what is trained."""
+
+import json
+import statistics
+
+import pytest
+
+from megaprompt.config import ProbeConfig
+from megaprompt.methods.wordings import MEAN
+from megaprompt.run.job import probe
+from tests.tasks.bear_data import CAPITALS, WORDINGS, write_bear
+
+
+@pytest.fixture
+def run(backbone_directory, tmp_path):
+    data = write_bear(tmp_path / "bear")
+
+    def run(folder="", **options):
+        out = tmp_path / f"run{folder}"
+        options = {"methods": ("manual",), **options}
+        config = ProbeConfig(backbone=str(backbone_directory), data=str(data / folder), out=out, **options)
+        return probe(config), out
+
+    return run
+
+
+def test_each_wording_their_mean_and_the_best_on_dev(run):
+    results, out = run()
+    assert results["data"]["answers"] == "candidates"
+    assert results["data"]["vocabulary"] is None
+    methods = results["methods"]
+    each = ["manual", "wording 2", "wording 3"]
+    assert list(methods) == ["majority", *each, MEAN, "best-manual"]
+    for name, wordings in WORDINGS.items():
+        rows = [methods[column]["relations"][name] for column in each]
+        assert [row["template"] for row in rows] == wordings
+        scores = [row["mrr"] for row in rows]
+        mean = methods[MEAN]["relations"][name]
+        assert mean["mrr"] == pytest.approx(statistics.fmean(scores))
+        assert mean["mrr_sem"] == pytest.approx(statistics.stdev(scores) / 3**0.5)
+        best = methods["best-manual"]["relations"][name]
+        assert best["template"] in wordings
+        assert best["dev_p_at_1"] == max(row["dev_p_at_1"] for row in rows)
+    micro = [methods[column]["micro"]["p_at_1"] for column in each]
+    assert methods[MEAN]["micro"]["p_at_1"] == pytest.approx(statistics.fmean(micro))
+    usable = results["data"]["relations"]["P36"]["usable"]
+    assert usable["token"] < usable["candidates"] == len(CAPITALS)
+    lines = [json.loads(line) for line in (out / "predictions" / "P36.jsonl").read_text().splitlines()]
+    assert {line["method"] for line in lines} == {*each, "best-manual"}
+    assert len(lines) == 4 * len(CAPITALS)
+
+
+def test_without_dev_there_is_no_best(run):
+    results, _ = run("BEAR")
+    assert list(results["methods"]) == ["majority", "manual", "wording 2", "wording 3", MEAN]
+
+
+def test_one_token_on_request(run):
+    results, _ = run("BEAR", answers="token", relations=("P30",))
+    assert results["data"]["answers"] == "token"
+    assert results["data"]["relations"]["P30"]["facts"]["test"] < 8  # South America is no token
+    assert results["data"]["vocabulary"]["name"] == "objects of the data"
+
+
+@pytest.mark.parametrize("learn_by", ["answer", "candidates"])
+def test_all_that_is_trained_and_resumed(run, learn_by):
+    methods = ("manual", "p-tuning", "autoprompt", "fine-tuning", "manual+fine-tuning")
+    few = {"max_epochs": 4, "learning_rate": 0.01, "fine_tuning_rate": 0.003, "autoprompt_steps": 2}
+    results, out = run(methods=methods, learn_by=learn_by, **few)
+    rows = {method: found["relations"]["P30"] for method, found in results["methods"].items()}
+    assert set(rows) >= set(methods)
+    assert rows["p-tuning"]["template"] == "<3>[X]<3>[Y]."
+    assert rows["fine-tuning"]["template"] == "[X] [Y]."
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = [line["train_loss"] for line in log if line.get("method") == "fine-tuning" and line["relation"] == "P30"]
+    assert losses[-1] < losses[0]
+    assert run(methods=methods, learn_by=learn_by, resume=True, **few)[0] == results
