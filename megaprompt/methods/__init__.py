@@ -26,7 +26,8 @@ def chosen_methods(
 ) -> list[Method]:
     """The methods that were asked for, in the order in which they run; `best` also needs those that it chooses from.
 
-    Where the data has several wordings, `manual` is each of them, and comes with `best-manual` if there is a dev.
+    Where answers are chosen among candidates and the data has several wordings, as BEAR does, `manual` is each of them,
+    and comes with `best-manual` if there is a dev.
 
     Args:
         tasks: those that are asked, by name.
@@ -36,7 +37,8 @@ def chosen_methods(
     recipe = chosen(RECIPES[config.recipe], config.recipe_options())
     tuning_recipe = chosen(RECIPES["fine-tuning"], config.fine_tuning_options())
     wanted = {*config.methods, *discrete}
-    most = max(len(task.wordings) for task in tasks.values())
+    candidates = all(task.examples["test"][0].candidates for task in tasks.values())
+    most = max(len(task.wordings) for task in tasks.values()) if candidates else 1
     if most > 1 and "manual" in wanted and all(task.examples["dev"] for task in tasks.values()):
         wanted.add("best-manual")
     if "best" in wanted:
