@@ -70,9 +70,9 @@ def test_a_run_has_all_its_files(probe, tmp_path, capsys):
 def test_saved_prompts_score_the_same_and_answer(probe, tmp_path, capsys):
     from megaprompt.cli import main
 
-    assert probe("--vocab", "none") == 0
+    assert probe() == 0
     out = tmp_path / "scores.json"
-    assert main(["evaluate", "--prompts", str(tmp_path / "run"), "--vocab", "none", "--out", str(out)]) == 0
+    assert main(["evaluate", "--prompts", str(tmp_path / "run"), "--out", str(out)]) == 0
     scores = json.loads(out.read_text())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     for name, row in scores["relations"].items():

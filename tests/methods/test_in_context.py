@@ -116,7 +116,7 @@ def test_only_train_is_shown_and_evaluate_and_ask_use_what_was_chosen(backbone_d
     )
     run = tmp_path / "run"
     options = ["--backbone", str(backbone_directory), "--data", str(tmp_path / "data"), "--out", str(run)]
-    assert main(["probe", *options, "--methods", "in-context", "--vocab", "none"]) == 0
+    assert main(["probe", *options, "--methods", "in-context"]) == 0
     row = json.loads((run / "results.json").read_text())["methods"]["in-context"]["relations"]["P36"]
     prompt = load_prompts(run)["P36"]
     lines = prompt.before.splitlines()
