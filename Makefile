@@ -11,7 +11,7 @@ BIN    := .venv/bin
 .PHONY: probe test test-fast test-gpu bench lint venv tools fairseq lm-pub-quiz clean
 
 probe: venv
-	$(BIN)/megaprompt probe --out $(OUT)
+	$(BIN)/megaprompt probe --max-steps 50 --out $(OUT)
 
 test: venv tools fairseq lm-pub-quiz
 	$(BIN)/python -m pytest
