@@ -17,7 +17,7 @@ from megaprompt.backbone import Backbone
 from megaprompt.distributed.world import World
 from megaprompt.engine.learner import TrainingSet
 from megaprompt.engine.schedule import my_passes, padded
-from megaprompt.engine.trunks import Trunks, cut_instances, may_be_cut
+from megaprompt.engine.trunks import SHARE, Trunks, cut_instances, may_be_cut
 from megaprompt.prompting.packing import PassSize, pack, split_into_passes
 from megaprompt.tasks.objective import Answers, Objective, Outputs
 from megaprompt.tasks.task import Instance
@@ -79,7 +79,7 @@ def with_trunks(at: Workplace, data: Sequence[TrainingSet], trunk_bytes: int | N
     """
     if not may_be_cut(at.backbone, at.size):
         return list(data)
-    budget = at.everyone.memory() // 16 if trunk_bytes is None else trunk_bytes
+    budget = at.everyone.memory() // SHARE if trunk_bytes is None else trunk_bytes
     return at.trunks.lasting_in(data, budget // at.backbone.known_bytes)
 
 

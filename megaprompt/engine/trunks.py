@@ -23,6 +23,9 @@ from megaprompt.prompting.packing import PackedBatch, PassSize
 from megaprompt.prompting.trunks import Trunk, cut, trunks_of
 from megaprompt.tasks.task import Instance
 
+SHARE = 16
+"""Lasting trunks take at most one part in so many of the memory, unless told otherwise; plans leave more than that."""
+
 
 def may_be_cut(backbone: Backbone, size: PassSize) -> bool:
     """Whether text can be computed in advance: by a frozen causal model that is exact with known keys and values, in

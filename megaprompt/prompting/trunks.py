@@ -22,7 +22,11 @@ from typing import NamedTuple
 from megaprompt.prompting.query import Query
 
 SHORTEST = 16
-"""Tokens from which on a trunk pays for the pass that computes it. (Measured; see `benchmarks/trunks.py`.)"""
+"""Tokens from which on a trunk is worth its pass. (Measured with 135M parameters on one core: in training, text of 16
+tokens before each question costs 6 % more than without trunks if it is used once, and a step half as much from then on;
+text of 16 that a batch of 8 shares, 2 % more, and a step 15 % less. With 64 tokens the first use is cheaper, too.)"""
+_SPARED = 32
+"""Tokens that a trunk must spare where questions are asked once: about what a pass costs beside its tokens."""
 
 
 class Trunk(NamedTuple):
@@ -65,8 +69,8 @@ def cut(queries: Sequence[Query], *, row_tokens: int | None = None, budget: int 
 
     Args:
         queries: of one causal backbone.
-        row_tokens: the queries are asked only once. A trunk then pays where several share it whose tails do not fit
-            into one row beside it: within a row it would be computed only once anyway.
+        row_tokens: the queries are asked only once. A trunk then pays where many share it, so that rows of this width
+            would repeat it; within a row it would be computed only once anyway.
         budget: trunks may have so many tokens together; those that most queries share come first.
     """
     alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}  # by their constant part and all of them
@@ -102,9 +106,12 @@ def _pieces(texts: Sequence[tuple[int, ...]], lengths: Sequence[int], row_tokens
     pieces: list[_Piece] = []
 
     def pays(start: int, end: int, some: range) -> bool:
+        length = end - start
+        if length < SHORTEST or row_tokens is None:
+            return length >= SHORTEST
         tails = total[some.stop] - total[some.start] - end * len(some)
-        beyond_a_row = row_tokens is None or (len(some) > 1 and end - start + tails > row_tokens)
-        return end - start >= SHORTEST and beyond_a_row
+        more_rows = (tails - 1) // max(1, row_tokens - length)
+        return len(some) > 1 and min(more_rows, len(some) - 1) * length >= _SPARED
 
     waiting: list[tuple[range, int, int | None]] = [(range(len(texts)), 0, None)] if texts else []
     while waiting:

@@ -6,6 +6,7 @@
   Each relation's prompt encoder takes 16 bytes per element: float32 weights, gradients, and Adam's two averages.
 - Fine-tuning: 16 bytes per parameter in float32 (weights, gradients, two averages), 18 in half precision with float32
   copies; all of it shared among the ranks under ZeRO-3. See ZeRO (arXiv 1910.02054), section 3.1.
+- Keys and values of constant text (`engine.trunks`) are not counted: they take no more than what plans leave free.
 
 `measure` measures the same; the README tells how well they agree.
 """

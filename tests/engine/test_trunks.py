@@ -15,12 +15,13 @@ from megaprompt.distributed.world import World
 from megaprompt.engine.learner import TrainingSet
 from megaprompt.engine.passes import Questions, Workplace, answers, backward_passes, joint_answers
 from megaprompt.engine.trainer import Hooks, Interrupted, Trainer
-from megaprompt.engine.trunks import may_be_cut
+from megaprompt.engine.trunks import SHARE, may_be_cut
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.query import Query
 from megaprompt.prompting.recipe import Recipe
 from megaprompt.prompting.template import Template
 from megaprompt.prompting.trunks import SHORTEST, cut, trunks_of
+from megaprompt.resources.plan import USABLE
 from megaprompt.tasks.lama.one_token import rank_of_gold
 from megaprompt.tasks.task import Instance
 from tests.conftest import PAIRS, instances_of, objective_of, plain_logits
@@ -203,6 +204,7 @@ def test_a_budget_that_is_too_small_for_all(make):
 
 
 def test_what_the_memory_takes_is_what_the_budget_counts(make):
+    assert 1 / SHARE < 1 - USABLE  # of a memory
     for kind in CONFIGS:
         backbone = make(kind, dtype=torch.float32)
         trainer = trainer_for(backbone)
