@@ -6,7 +6,7 @@ from megaprompt.backbone import load_backbone
 from megaprompt.backbone.load import load_tokenizer
 from megaprompt.prompting.template import Template
 from megaprompt.tasks.lama.facts import SPLITS, Fact, load_data
-from megaprompt.tasks.lama.questions import lama_tasks, load_vocabulary, usable_facts
+from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary, usable_facts
 
 FACTS = {  # train, dev, test
     "P36": (81, 56, 89),
@@ -150,7 +150,7 @@ def test_the_packaged_model_can_be_asked(data):
 def test_wordings_reach_the_task(data, backbone_directory):
     backbone = load_backbone(str(backbone_directory))
     everything = load_vocabulary("none", data, backbone.tokenization)
-    tasks = lama_tasks(data, backbone, everything, names=(), splits=(), limit=None, seed=0)
+    tasks = lama_tasks(data, backbone, AskFor(everything), names=(), splits=(), limit=None, seed=0)
     for name, task in tasks.items():
         relation = data.relations[name]
         assert task.wordings == (relation.template, *relation.wordings)
