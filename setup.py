@@ -17,6 +17,7 @@ setup(
         "megaprompt": ["py.typed"],
         "megaprompt.ds_configs": ["*.json", "README.md"],
         "megaprompt.report": ["*.jinja"],
+        "megaprompt.tasks.superglue": ["*.toml"],
     },
     python_requires=">=3.11",
     install_requires=[

@@ -6,14 +6,16 @@ Nothing here imports torch, so that `megaprompt --help` comes at once.
 from megaprompt.config.data import ConvertConfig, CountConfig, FetchConfig, VocabularyConfig
 from megaprompt.config.machines import MemoryConfig, PlanConfig
 from megaprompt.config.options import PASS_TOKENS, ROW_TOKENS, from_yaml, read_yaml, to_yaml
-from megaprompt.config.probe import METHODS, ProbeConfig
+from megaprompt.config.probe import ProbeConfig
+from megaprompt.config.run import RunConfig
 from megaprompt.config.runs import AskConfig, EvaluateConfig, ReportConfig, StatusConfig
 from megaprompt.config.shipped import find_configuration, shipped_configurations
+from megaprompt.config.superglue import SUPERGLUE_TASKS, SuperGlueConfig
 
 __all__ = [
-    "METHODS",
     "PASS_TOKENS",
     "ROW_TOKENS",
+    "SUPERGLUE_TASKS",
     "AskConfig",
     "ConvertConfig",
     "CountConfig",
@@ -23,7 +25,9 @@ __all__ = [
     "PlanConfig",
     "ProbeConfig",
     "ReportConfig",
+    "RunConfig",
     "StatusConfig",
+    "SuperGlueConfig",
     "VocabularyConfig",
     "find_configuration",
     "from_yaml",

@@ -173,6 +173,23 @@ def answers(at: Workplace, questions: Sequence[Questions], prompts: Tensor | Non
     Args:
         prompts: prompt matrix that the queries' pseudo tokens index.
     """
+    asking = [each.objective.rounds(each.instances) for each in questions]
+    open_ = {task: next(rounds) for task, rounds in enumerate(asking)}
+    found: dict[int, Answers] = {}
+    while True:
+        asked = [questions[task]._replace(instances=instances) for task, instances in open_.items()]
+        for task, read in zip(list(open_), _read(at, asked, prompts), strict=True):
+            try:
+                open_[task] = asking[task].send(read)
+            except StopIteration as end:
+                found[task] = end.value
+                del open_[task]
+        if not at.everyone.max_(torch.tensor(len(open_)), "schedule"):  # other groups of ranks may have more rounds
+            return [found[task] for task in range(len(questions))]
+
+
+def _read(at: Workplace, questions: Sequence[Questions], prompts: Tensor | None) -> list[Answers]:
+    """One round of `answers`."""
     asked = _cut_once(at, _flat(questions))
     found = [each.objective.blank(len(each.instances)) for each in questions]
     place = [(task, i) for task, each in enumerate(questions) for i in range(len(each.instances))]
@@ -182,7 +199,7 @@ def answers(at: Workplace, questions: Sequence[Questions], prompts: Tensor | Non
             rows_of: dict[int, list[int]] = {}
             for row, i in enumerate(indices):
                 rows_of.setdefault(place[i][0], []).append(row)
-            for name, values in objective.answer(objective.scores(outputs, head), gold).items():
+            for name, values in objective.read(outputs, gold, head).items():
                 for task, rows in rows_of.items():
                     found[task][name][[place[indices[row]][1] for row in rows]] = values[rows]
     return [_of_all_ranks(each, at.world) for each in found]

@@ -36,13 +36,19 @@ class FineTuning:
         return ("manual+fine-tuning" if self.manual else "fine-tuning",)
 
     def check(self, context: Context) -> None:
-        for task in context.tasks.values() if self.manual else ():
-            _ = task.manual_template
+        for task in context.tasks.values():
+            self._asked(task).must_be_learnable(self.columns[0])
+            if self.manual:
+                _ = task.manual_template
+
+    def _asked(self, task: Task) -> Task:
+        return task if self.manual else task.way("alone")
 
     def run(self, context: Context) -> None:
         [column] = self.columns
 
         def score(task: Task, should_stop: ShouldStop) -> dict[str, Scored]:
+            task = self._asked(task)
             template = task.manual_template if self.manual else task.bare_template
             train = task.training_instances(template)
             dev, test = task.instances("dev", template), task.instances("test", template)
@@ -61,6 +67,6 @@ class FineTuning:
                 with context.train_one(column, task, should_stop, task.objective.items) as hooks:
                     found = trainer.train(hooks)[task.name]
             row = context.row(task, template, found.dev, epochs=found.epochs, diverged=found.diverged)
-            return {column: Scored(row, found.kept)}
+            return {column: Scored(row, found.kept, task)}
 
         context.each_task(self.columns, score, own_progress=True)

@@ -17,6 +17,8 @@ class Majority:
         rows = {}
         for name, task in context.tasks.items():
             train = task.examples["train"]
+            if len({example.gold for example in train}) == 1:  # they were chosen so; dev tells what is frequent
+                train = task.examples["dev"] or train
             metrics = {split: task.objective.majority(train, task.examples[split]) for split in ("dev", "test")}
             score = next(iter(task.objective.metrics))
             about = {"type": task.type, "facts": len(task.examples["test"]), "epochs": None}

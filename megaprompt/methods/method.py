@@ -23,6 +23,7 @@ class Scored(NamedTuple):
 
     row: dict[str, Any]  # what results.json says beside the metrics
     answers: Answers | None  # on test; None if there is nothing to answer with
+    way: Task | None = None  # in which the task was asked, if in another one
 
 
 Scores = Mapping[str, float]

@@ -34,7 +34,7 @@ class PTuning:
     """Learn prompts, and score the best of each task on test.
 
     Args:
-        template: with pseudo tokens; the paper's for the kind of backbone if None.
+        template: with pseudo tokens; if None, what came with the data, or else the paper's for the kind of backbone.
         from_manual: start with the manual prompt instead, each of its tokens a pseudo token.
         groups: into how many groups of ranks the tasks are divided.
         best: whether to choose among several candidates, too.
@@ -54,7 +54,8 @@ class PTuning:
         return ("p-tuning", "best") if self.best else ("p-tuning",)
 
     def check(self, context: Context) -> None:
-        for task in context.tasks.values():
+        for task in _as_learned(context).values():
+            task.must_be_learnable("p-tuning")
             if self.best:
                 task.must_be_answerable("best")
             template = task.manual_template if self.from_manual else self._template(task, context)
@@ -62,7 +63,9 @@ class PTuning:
                 task.instance(example, template)
 
     def _template(self, task: Task, context: Context) -> Template:
-        return task.template(self.template) if self.template else task.default_template(context.backbone.causal)
+        if text := self.template or task.learned:
+            return task.template(text)
+        return task.default_template(context.backbone.causal)
 
     def _paper(self, task: Task, context: Context) -> Candidate:
         if not self.from_manual:
@@ -72,7 +75,7 @@ class PTuning:
 
     def _candidates(self, context: Context) -> dict[str, list[Candidate]]:
         """What is learned, by task; the paper's first."""
-        paper = {name: self._paper(task, context) for name, task in context.tasks.items()}
+        paper = {name: self._paper(task, context) for name, task in _as_learned(context).items()}
         if not self.best:
             return {name: [one] for name, one in paper.items()}
 
@@ -86,15 +89,15 @@ class PTuning:
         tried = context.rows("in-context")
         return {
             name: candidates(task, paper[name], _shown(context, task, tried[name]), most)
-            for name, task in context.tasks.items()
+            for name, task in _as_learned(context).items()
         }
 
     def run(self, context: Context) -> None:
-        of_task, recipe = self._candidates(context), self.recipe
+        of_task, recipe, tasks = self._candidates(context), self.recipe, _as_learned(context)
         trainer = Trainer(
             context.backbone,
             [
-                one.training_set(context.tasks[name], recipe, self.encoder, stays=one.name == PAPER)
+                one.training_set(tasks[name], recipe, self.encoder, stays=one.name == PAPER)
                 for name, those in of_task.items()
                 for one in those
             ],
@@ -114,12 +117,17 @@ class PTuning:
             raise MegapromptError(f"nothing was learned of any relation; {name}: {reason}")
 
         def score(task: Task, _: ShouldStop) -> dict[str, Scored]:
+            task = tasks[task.name]
             scored = {"p-tuning": _score(context, "p-tuning", task, *learned[task.name][0])}
             if self.best:
                 scored["best"] = _best(context, task, learned[task.name], scored["p-tuning"])
             return scored
 
         context.each_task(self.columns, score, title="test")
+
+
+def _as_learned(context: Context) -> dict[str, Task]:
+    return {name: task.way("learned") for name, task in context.tasks.items()}
 
 
 def _shown(context: Context, task: Task, row: Mapping[str, Any]) -> tuple[int, ...]:

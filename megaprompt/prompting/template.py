@@ -4,7 +4,7 @@
     "<2> capital [X] <2>[Y]"               literal anchor words may stand anywhere (section 3.2)
     "The capital of [X] is [Y] ."          no pseudo tokens at all: a manual prompt
     "<3>[X]<3>[Y]<3>"                      for bidirectional models, which also read what follows the answer
-    "[premise...] <1> [hypothesis] ? [Y]"  fields have the names that the task gives them; `...` may be cut to fit
+    "[premise...] <1> [hypothesis~] ? [Y]" fields of other tasks; `...` may be cut to fit, `~` loses final punctuation
 
 `Template.parse` reads the notation, `Template.render` turns the fields of an example into the tokens of a query. A
 pseudo token is not a token of any vocabulary; its vector is learned. In a sequence the k-th pseudo token of a template
@@ -14,6 +14,7 @@ is the negative number -1-k, so that one tuple of integers describes a query com
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,9 +33,14 @@ class Place(NamedTuple):
 
     name: str
     may_be_cut: bool = False
+    stripped: bool = False  # of the punctuation at its end
 
     def __str__(self) -> str:
-        return f"[{self.name}{'...' * self.may_be_cut}]"
+        return f"[{self.name}{'~' * self.stripped}{'...' * self.may_be_cut}]"
+
+    def of(self, fields: Mapping[str, str]) -> str:
+        """The text that stands here."""
+        return fields[self.name].rstrip(string.punctuation if self.stripped else "")
 
 
 Piece = int | str | Place
@@ -65,7 +71,7 @@ class Template:
             UsageError: [Y] does not occur exactly once, a field more than once, or no field at all.
         """
         names = "|".join(map(re.escape, (*fields, ANSWER)))
-        parts = re.split(rf"(<\d+>|\[(?:{names})(?:\.\.\.)?\])", text)
+        parts = re.split(rf"(<\d+>|\[(?:{names})~?(?:\.\.\.)?\])", text)
         pieces = tuple(_piece(part, (*fields, ANSWER)) for part in parts if part)
         counts = {name: sum(isinstance(p, Place) and p.name == name for p in pieces) for name in (*fields, ANSWER)}
         wrong = next((name for name, count in counts.items() if count > 1 or (count == 0 and name == ANSWER)), None)
@@ -134,7 +140,7 @@ class Template:
         parts = []
         for piece in self.pieces:
             assert not isinstance(piece, int), "a demonstration is text"
-            parts.append(piece if isinstance(piece, str) else {**fields, ANSWER: answer}[piece.name])
+            parts.append(piece if isinstance(piece, str) else piece.of({**fields, ANSWER: answer}))
         return "".join(parts).strip()
 
     def render(
@@ -231,7 +237,7 @@ def _written(
         elif isinstance(piece, str):
             writer.text += piece
         elif piece.name != ANSWER:
-            writer.text += fields[piece.name]
+            writer.text += piece.of(fields)
         elif answer is None:
             writer.mask()
         else:
@@ -242,6 +248,7 @@ def _written(
 def _piece(part: str, names: Sequence[str]) -> Piece:
     if re.fullmatch(r"<\d+>", part):
         return int(part[1:-1])
-    if part[0] == "[" and part[-1] == "]" and part[1:-1].removesuffix("...") in names:
-        return Place(part[1:-1].removesuffix("..."), part.endswith("...]"))
+    name = part[1:-1].removesuffix("...").removesuffix("~")
+    if part[0] == "[" and part[-1] == "]" and name in names:
+        return Place(name, part.endswith("...]"), "~" in part.removeprefix(f"[{name}"))
     return part

@@ -123,6 +123,10 @@ _MEANING = {
     "p_at_10": "the share of {items} whose {gold} is among the ten most likely answers",
     "mrr": "the mean of one over the rank of the {gold}",
     "accuracy": "the share of {items} that are answered right",
+    "score": "the mean of the metrics of a task, of which SuperGLUE's average is made",
+    "macro_f1": "the mean of the F1 of each answer",
+    "em": "the share of questions all of whose {items} are answered right",
+    "f1a": "the F1 of the answer 1 over all {items}",
 }
 _SHARES_OF_RIGHT_ANSWERS = ("p_at_1", "accuracy")
 _NOT_IN_PER_CENT = ("mrr",)

@@ -206,7 +206,7 @@ def _settings(run: Run) -> Settings:
     settings: Settings = {
         # The precision in force: --dtype is often not given, and a DeepSpeed configuration may say it.
         "backbone": {"name": backbone["name"], "weights": backbone["fingerprint"], "dtype": backbone["dtype"]},
-        "facts": {"limit_facts": options["limit_facts"]},
+        "facts": {key: options.get(key) for key in ("limit_facts", "limit_examples", "setting", "patterns")},
     }
     for method, keys in _SETTINGS.items():
         if run.results["methods"].get(method):

@@ -126,8 +126,8 @@ class RunContext:
                 self.status.phase(f"{title} {name}")
                 if self.world.max_(torch.tensor(int(should_stop())), "schedule"):
                     raise Interrupted(f"interrupted before {name}; continue with --resume")
-                for column, (row, found) in score(self.tasks[name], should_stop).items():
-                    rows[column][name] = row | self._measured(column, self.tasks[name], found)
+                for column, (row, found, way) in score(self.tasks[name], should_stop).items():
+                    rows[column][name] = row | self._measured(column, way or self.tasks[name], found)
                 self.save(report=False)
                 update(number)
         for column in columns:
@@ -154,8 +154,7 @@ class RunContext:
     def _measured(self, column: str, task: Task, found: Answers | None) -> dict[str, float | None]:
         """The metrics of answers on test, which are written down."""
         if found is not None and self.world.is_main:
-            lines = (task.objective.describe(one, found, i) for i, one in enumerate(task.examples["test"]))
-            self.run.replace_predictions(task.name, column, lines)
+            _write_down(self.run, column, task, found)
         return dict.fromkeys(task.objective.metrics) if found is None else dict(self.measure(task, "test", found))
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -184,3 +183,11 @@ class RunContext:
     def save_templates(self, name: str, templates: Mapping[str, str]) -> None:
         if self.world.is_main:
             self.run.write_templates(name, templates)
+
+
+def _write_down(run: RunDirectory, column: str, task: Task, found: Answers) -> None:
+    """Answers on test: as predictions, and in the data's own format for them if it has one."""
+    lines = (task.objective.describe(one, found, i) for i, one in enumerate(task.examples["test"]))
+    run.replace_predictions(task.name, column, lines)
+    if (submission := task.submission(found)) is not None:
+        run.write_submission(column, task.name, submission)

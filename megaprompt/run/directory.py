@@ -5,6 +5,7 @@ progress.json               how far it is, for other programs to read (see `prog
 results.json                scores of every method so far; "complete" says whether that is all
 prompts/P36.safetensors     learned prompt vectors [pseudo tokens, hidden size], with what they belong to
 predictions/P36.jsonl       subject, object, rank and best answers per fact and method
+submission/manual/CB.jsonl  the answers of a method in the data's own format, if it has one
 state/step-00000150/        a checkpoint of training: one file per relation, and a manifest with their checksums
 autoprompt.jsonl            prompts that AutoPrompt found, for `--discrete`
 log.jsonl, tensorboard/     one line for each time that a relation is scored on dev
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megaprompt.config import ProbeConfig, from_yaml, to_yaml
+from megaprompt.config import RunConfig, from_yaml, to_yaml
 from megaprompt.errors import UsageError
 from megaprompt.files import write_file
 
@@ -41,7 +42,7 @@ class RunDirectory:
         self.path = path
 
     @classmethod
-    def open(cls, config: ProbeConfig) -> RunDirectory:
+    def open(cls, config: RunConfig) -> RunDirectory:
         """The directory for a new run, or of one to go on with. Nothing is written yet.
 
         Raises:
@@ -59,7 +60,7 @@ class RunDirectory:
             return run
         if not saved.exists():
             raise UsageError(f"--resume: {run.path} holds no run (no config.yaml); start one without --resume")
-        before = from_yaml(ProbeConfig, saved)
+        before = from_yaml(type(config), saved)
         for field in dataclasses.fields(config):
             old, new = getattr(before, field.name), getattr(config, field.name)
             if field.name not in MAY_CHANGE and old != new:
@@ -67,7 +68,7 @@ class RunDirectory:
                 raise UsageError(f"--resume: {run.path} was started with {flag} {old}, not {new}; leave {flag} out")
         return run
 
-    def write_config(self, config: ProbeConfig) -> None:
+    def write_config(self, config: RunConfig) -> None:
         write_file(self.path / "config.yaml", to_yaml(dataclasses.replace(config, resume=False, check=False)).encode())
 
     # --------------------------------------------------------------------------------------------------------- results
@@ -85,8 +86,11 @@ class RunDirectory:
         return _json_lines(self.path / "predictions" / f"{relation}.jsonl")
 
     def write_predictions(self, relation: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_file(self.path / "predictions" / f"{relation}.jsonl", text.encode())
+        self._write_lines(f"predictions/{relation}.jsonl", lines)
+
+    def write_submission(self, method: str, task: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """The answers of a method in the data's own format."""
+        self._write_lines(f"submission/{method}/{task}.jsonl", lines)
 
     def replace_predictions(self, relation: str, method: str, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write the lines of one method about a relation, instead of those that it has."""
@@ -96,8 +100,11 @@ class RunDirectory:
     def write_templates(self, name: str, templates: Mapping[str, str]) -> None:
         """Templates that were found, by task, as `--discrete` reads them."""
         rows = ({"relation": relation, "template": template} for relation, template in templates.items())
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_file(self.path / f"{name}.jsonl", text.encode())
+        self._write_lines(f"{name}.jsonl", rows)
+
+    def _write_lines(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_file(self.path / name, text.encode())
 
     # ------------------------------------------------------------------------------------------------------------- log
 

@@ -1,4 +1,4 @@
-"""Probing: ask a backbone in several ways, and write everything down. One call does the whole job.
+"""A run: ask a backbone in several ways, and write everything down. One call does the whole job.
 
 from megaprompt.config import ProbeConfig
 from megaprompt.run.job import probe
@@ -15,26 +15,21 @@ import torch
 
 from megaprompt import __version__
 from megaprompt.backbone import Backbone, dtype_of, load_backbone
-from megaprompt.backbone.tokenization import Tokenization
-from megaprompt.config import ProbeConfig
+from megaprompt.config import ProbeConfig, RunConfig, SuperGlueConfig
 from megaprompt.distributed.deepspeed_config import DeepSpeedSettings, read_deepspeed_config
 from megaprompt.distributed.launch import joined_world
 from megaprompt.distributed.world import World
 from megaprompt.distributed.zero3 import release
 from megaprompt.errors import MegapromptError, UsageError
-from megaprompt.methods import Prompts, chosen_methods
-from megaprompt.methods.discrete import read_discrete_prompts
 from megaprompt.methods.method import Method
 from megaprompt.prompting.packing import PassSize
-from megaprompt.prompting.recipe import RECIPES
-from megaprompt.prompting.template import Template
 from megaprompt.run.context import RunContext
 from megaprompt.run.directory import SCHEMA, RunDirectory
 from megaprompt.run.environment import environment
+from megaprompt.run.material import Facts, ReadMaterial, SuperGlue
 from megaprompt.run.progress import ProgressFile
-from megaprompt.tasks.lama.facts import Data, load_data
-from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary
-from megaprompt.tasks.task import SPLITS, Split, Task
+from megaprompt.tasks.lama.questions import AskFor
+from megaprompt.tasks.task import SPLITS, Task
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +43,31 @@ def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
         UsageError: an option cannot work.
         MegapromptError: something in the data, on the disk or in training went wrong.
     """
+    return _run(config, lambda: Facts(config), world)
+
+
+def superglue(config: SuperGlueConfig, world: World | None = None) -> dict[str, Any]:
+    """Run or resume SuperGLUE's tasks; returns what is in results.json.
+
+    Raises:
+        UsageError: an option cannot work.
+        MegapromptError: something in the data, on the disk or in training went wrong.
+    """
+    return _run(config, lambda: SuperGlue(config), world)
+
+
+def _run(config: RunConfig, read: ReadMaterial, world: World | None) -> dict[str, Any]:
     if world is None:
         with joined_world(force=config.deepspeed is not None) as world:
-            return probe(config, world)
+            return _run(config, read, world)
     status = ProgressFile(config.out, world.is_main)
     with status.ending():
-        return _probe(config, world, status)
+        return _run_on(config, read, world, status)
 
 
-def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str, Any]:
-    Template.parse(config.template or "[X][Y]")  # wrong ones are told at once
-    deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed else DeepSpeedSettings()
-    data = load_data(config.data)
-    discrete = {name: read_discrete_prompts(path) for name, path in config.discrete_prompts().items()}
-    wordings = read_discrete_prompts(config.wordings, "wordings") if config.wordings else {}
+def _run_on(config: RunConfig, read: ReadMaterial, world: World, status: ProgressFile) -> dict[str, Any]:
+    deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed is not None else DeepSpeedSettings()
+    material = read()
     run = RunDirectory.open(config) if world.is_main else RunDirectory(config.out)
     results = world.gather(run.read_results() if config.resume else {})[0]
     if results.get("complete"):
@@ -74,17 +80,8 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
     dtype = _dtype(config, deepspeed, world)
     backbone = load_backbone(config.backbone, dtype, world.device, deepspeed.sharding)
     size = backbone.exact_size(PassSize(config.row_tokens, config.pass_tokens))
-    ask_for = what_to_ask_for(config, data, backbone.tokenization)
-    tasks = lama_tasks(
-        data,
-        backbone,
-        ask_for,
-        names=config.relations,
-        splits=_splits(config, discrete),
-        limit=config.limit_facts,
-        seed=config.data_seed,
-    )
-    results = results or new_results(backbone, tasks, world, data=data.name, ask_for=ask_for)
+    tasks, methods, ask_for = material.asked_of(backbone)
+    results = results or new_results(backbone, tasks, world, data=material.name, ask_for=ask_for)
     _check_same_backbone(results, backbone, run)
 
     def load(trainable: bool) -> tuple[Backbone, dict[str, Any] | None]:
@@ -110,7 +107,6 @@ def _probe(config: ProbeConfig, world: World, status: ProgressFile) -> dict[str,
         release=release,
     )
     del backbone  # the context lets go of it when another one is trained
-    methods = chosen_methods(config, tasks, discrete, wordings)
     for method in methods:
         method.check(context)
     if world.is_main and not config.resume:  # everything that can be wrong from the start has been checked
@@ -132,7 +128,7 @@ def run_methods(context: RunContext, methods: Sequence[Method]) -> dict[str, Any
     return results
 
 
-def _dtype(config: ProbeConfig, deepspeed: DeepSpeedSettings, world: World) -> torch.dtype:
+def _dtype(config: RunConfig, deepspeed: DeepSpeedSettings, world: World) -> torch.dtype:
     """The precision in force.
 
     Raises:
@@ -148,20 +144,6 @@ def _dtype(config: ProbeConfig, deepspeed: DeepSpeedSettings, world: World) -> t
             "ds_configs/zero3_bf16.json, or --dtype float32 (the default for fine-tuning without --deepspeed)"
         )
     return deepspeed.dtype or dtype_of(config.dtype, world.device)
-
-
-def what_to_ask_for(config: ProbeConfig, data: Data, tokenization: Tokenization) -> AskFor:
-    """Tokens or whole answers: as --answers says, else whole ones where the data has answers to choose from."""
-    answers = config.answers or ("candidates" if data.has_answer_spaces else "token")
-    vocabulary = load_vocabulary(config.vocab, data, tokenization) if answers == "token" else None
-    return AskFor(vocabulary, RECIPES[config.recipe].among_allowed, config.learn_by, config.bos == "always")
-
-
-def _splits(config: ProbeConfig, discrete: Mapping[str, Prompts]) -> tuple[Split, ...]:
-    """In which a relation must have facts."""
-    if set(config.methods) - {"manual"}:
-        return SPLITS
-    return ("train", "test") if discrete else ("test",)
 
 
 def _check_same_backbone(results: Mapping[str, Any], backbone: Backbone, run: RunDirectory) -> None:
@@ -195,7 +177,7 @@ def new_results(
         data: its name.
         ask_for: how facts are answered, if they are facts.
     """
-    objective = next(iter(tasks.values())).objective
+    objectives = [task.objective for task in tasks.values()]
     vocabulary = ask_for and ask_for.vocabulary
     return {
         "schema": SCHEMA,
@@ -208,8 +190,8 @@ def new_results(
             "hidden_size": backbone.hidden_size,
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters()),
         },
-        "metrics": dict(objective.metrics),
-        "items": objective.items,
+        "metrics": {name: heading for objective in objectives for name, heading in objective.metrics.items()},
+        "items": objectives[0].items,
         "data": {
             "name": data,
             "answers": ask_for and ask_for.answers,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megaprompt.config import ProbeConfig, from_yaml
+from megaprompt.config import ProbeConfig, RunConfig, SuperGlueConfig, from_yaml
 from megaprompt.errors import MegapromptError
 from megaprompt.files import write_file
 from megaprompt.report.runs import Run, read_run
@@ -22,8 +22,14 @@ from megaprompt.run.directory import MAY_CHANGE, RunDirectory
 
 logger = logging.getLogger(__name__)
 
-_MAY_DIFFER = MAY_CHANGE | {"relations"}
-"""Options that change no result of a relation. The precision, which --deepspeed may change, is compared by itself."""
+
+def _kind(run: Run) -> type[RunConfig]:
+    """Of which command a run is, by its options."""
+    kinds: tuple[type[RunConfig], ...] = (ProbeConfig, SuperGlueConfig)
+    for kind in kinds:
+        if run.options.keys() <= {option.name for option in dataclasses.fields(kind)}:
+            return kind
+    raise MegapromptError(f"{run.path / 'config.yaml'}: has options of no command; take it from the run again")
 
 
 def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
@@ -55,8 +61,9 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         for path in (*run.path.glob("prompts/*.safetensors"), *run.path.glob("predictions/*.jsonl")):
             write_file(out / path.relative_to(run.path), path.read_bytes())
     if all(run.options for run in complete):  # which differ only in what changes no results
-        config = from_yaml(ProbeConfig, complete[0].path / "config.yaml")
-        RunDirectory(out).write_config(dataclasses.replace(config, relations=tuple(order), out=out))
+        config = from_yaml(_kind(complete[0]), complete[0].path / "config.yaml")
+        parts: dict[str, Any] = {config.PARTS: tuple(order)}
+        RunDirectory(out).write_config(dataclasses.replace(config, out=out, **parts))
     RunDirectory(out).write_results(merged)
     return merged
 
@@ -69,21 +76,24 @@ def _check_alike(runs: Sequence[Run]) -> None:
     """
     first, *others = runs
     for run in others:
-        for what, key in (("backbone", "fingerprint"), ("backbone", "dtype"), ("data", "name"), ("data", "vocabulary")):
-            if run.results[what][key] != first.results[what][key]:
-                mine, other = run.results[what][key], first.results[what][key]
+        for (what, key), mine in _told(run.results).items():
+            if mine != (other := _told(first.results)[what, key]):
                 raise MegapromptError(
                     f"{run.path}: its {what} is not that of {first.path} ({key} {mine}, not {other}); merge only what "
                     "is alike"
                 )
-        for what in ("metrics", "methods"):
-            mine, other = (", ".join(each.results[what]) for each in (run, first))
-            if run.results[what].keys() != first.results[what].keys():
-                raise MegapromptError(
-                    f"{run.path}: its {what} are not those of {first.path} ({mine}, not {other}); merge only what is "
-                    "alike"
-                )
+        mine, other = (", ".join(each.results["methods"]) for each in (run, first))
+        if run.results["methods"].keys() != first.results["methods"].keys():
+            raise MegapromptError(
+                f"{run.path}: its methods are not those of {first.path} ({mine}, not {other}); merge only what is alike"
+            )
     _check_options([run for run in runs if run.options])
+
+
+def _told(results: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    """What has to be the same. Beside the score, tasks may have metrics of their own."""
+    keys = (("backbone", "fingerprint"), ("backbone", "dtype"), ("data", "name"), ("data", "vocabulary"))
+    return {(what, key): results[what][key] for what, key in keys} | {("score", "name"): next(iter(results["metrics"]))}
 
 
 def _check_options(runs: Sequence[Run]) -> None:
@@ -99,10 +109,15 @@ def _check_options(runs: Sequence[Run]) -> None:
             return "(not given)"
         return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
-    for option in dataclasses.fields(ProbeConfig):
+    if not runs:
+        return
+    # What --deepspeed may change, the precision, is compared by itself.
+    kind = _kind(runs[0])
+    may_differ = MAY_CHANGE | {kind.PARTS}
+    for option in dataclasses.fields(kind):
         values = [shown(run.options.get(option.name, option.default)) for run in runs]
         for run, value in zip(runs, values, strict=True):
-            if option.name not in _MAY_DIFFER and value != values[0]:
+            if option.name not in may_differ and value != values[0]:
                 flag = f"--{option.name.replace('_', '-')}"
                 raise MegapromptError(
                     f"{run.path}: has {flag} {value}, {runs[0].path} has {flag} {values[0]}; merge only what is alike"
@@ -123,11 +138,12 @@ def _together(parts: Sequence[Mapping[str, Any]], order: Sequence[str]) -> dict[
         return {name: rows[name] for name in order}
 
     methods = {method: rows_of(("methods", method)) for method in first["methods"]}
-    metrics = list(first["metrics"])
+    metrics = {name: heading for part in parts for name, heading in part["metrics"].items()}
     return {
         **first,
+        "metrics": metrics,
         "data": {**first["data"], "relations": rows_of(("data",))},
-        "methods": {method: {"relations": rows, **summarize(rows, metrics)} for method, rows in methods.items()},
+        "methods": {method: {"relations": rows, **summarize(rows, list(metrics))} for method, rows in methods.items()},
         "timing": {"training_seconds": sum(part["timing"].get("training_seconds", 0.0) for part in parts)},
         "peak_memory_bytes": [peak for part in parts for peak in part["peak_memory_bytes"]],
     }

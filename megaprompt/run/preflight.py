@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, cast
 
 import psutil
@@ -20,18 +20,18 @@ from transformers import AutoModelForCausalLM
 
 from megaprompt.backbone import dtype_of, inspect_backbone, read_config
 from megaprompt.backbone.packed import language_model
-from megaprompt.config import PlanConfig, ProbeConfig
+from megaprompt.config import PlanConfig, RunConfig
 from megaprompt.config.options import Dtype
 from megaprompt.distributed.deepspeed_config import read_deepspeed_config
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.prompt_encoder import PromptEncoder
 from megaprompt.prompting.recipe import RECIPES, chosen
-from megaprompt.prompting.template import Template, default_template
+from megaprompt.prompting.template import Template
 from megaprompt.resources.plan import Plan, plan
 from megaprompt.resources.predict import Place
 from megaprompt.resources.profile import Method
 from megaprompt.run.directory import RunDirectory
-from megaprompt.tasks.lama.facts import load_data, read_vocabulary
+from megaprompt.run.material import Material, ReadMaterial
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +39,17 @@ _PLACES: tuple[tuple[Place, str], ...] = (("device", "GPU"), ("host", "host"))
 _COPIES = 3  # of a checkpoint on the disk at once, while a new one is written
 
 
-def preflight(config: ProbeConfig) -> None:
+def preflight(config: RunConfig, read: ReadMaterial) -> None:
     """Make every check and print a line for each.
+
+    Args:
+        read: reads what is asked.
 
     Raises:
         UsageError: an option cannot work.
         MegapromptError: something else is wrong.
     """
-    checks = _Checks(config)
+    checks = _Checks(config, read)
     errors: list[MegapromptError] = []
     for name in _Checks.ORDER:
         if name == "memory" and errors:  # it would only say the same again
@@ -66,9 +69,11 @@ class _Checks:
 
     ORDER = ("versions", "options", "backbone", "data", "disk", "memory")
 
-    def __init__(self, config: ProbeConfig) -> None:
-        self.config = config
-        self.pseudo_tokens = self.hidden_size = self.relations = 0  # as far as they are known
+    def __init__(self, config: RunConfig, read: ReadMaterial) -> None:
+        self.config, self._read = config, read
+        self.material: Material | None = None  # this and the others as far as they are known
+        self.hidden_size = 0
+        self.causal = True
 
     def versions(self) -> str:
         names = ("torch", "transformers", *(("deepspeed",) if self.config.deepspeed else ()))
@@ -81,28 +86,25 @@ class _Checks:
     def options(self) -> str:
         config = self.config
         recipe = chosen(RECIPES[config.recipe], config.recipe_options())
-        if config.template is not None:
-            self.pseudo_tokens = Template.parse(config.template).num_pseudo_tokens
         if config.deepspeed is not None:
             read_deepspeed_config(config.deepspeed)
-        about = config.template or "the paper's template"
-        return f"{about}, {config.recipe} recipe, batch of {recipe.batch_size}, {config.deepspeed or 'no ZeRO'}"
+        return f"{config.recipe} recipe, batch of {recipe.batch_size}, {config.deepspeed or 'no ZeRO'}"
 
     def backbone(self) -> str:
         self.hidden_size, about = inspect_backbone(self.config.backbone)
-        if self.config.template is None:
-            causal = language_model(read_config(self.config.backbone)) is AutoModelForCausalLM
-            self.pseudo_tokens = Template.parse(default_template(causal)).num_pseudo_tokens
+        self.causal = language_model(read_config(self.config.backbone)) is AutoModelForCausalLM
         return about
 
     def data(self) -> str:
-        found = load_data(self.config.data)
-        chosen = found.select(self.config.relations)
-        self.relations = len(chosen)
-        if self.config.vocab not in ("auto", "none"):
-            read_vocabulary(Path(self.config.vocab))
-        counts = (f"{sum(len(r.facts[split]) for r in chosen)} {split}" for split in ("train", "dev", "test"))
-        return f"{found.name}, {self.relations} relation(s), {', '.join(counts)} facts"
+        self.material = self._read()
+        texts = list(dict.fromkeys(template.text for template in self.material.templates(self.causal).values()))
+        prompts = f"learned prompts {texts[0]}" + (f" and {len(texts) - 1} others" if len(texts) > 1 else "")
+        return f"{self.material.describe()}; {prompts}"
+
+    @property
+    def templates(self) -> list[Template]:
+        """Of the learned prompts, one for each task."""
+        return [] if self.material is None else list(self.material.templates(self.causal).values())
 
     def disk(self) -> str:
         config = self.config
@@ -115,13 +117,12 @@ class _Checks:
                 file.write(b"megaprompt")
         except OSError as error:
             raise MegapromptError(f"--out {config.out}: cannot write into {where} ({error.strerror})") from error
-        one = 0
-        if self.hidden_size:
+        needed = 0
+        for template in self.templates if self.hidden_size and "p-tuning" in config.methods else ():
             with torch.device("meta"):
-                encoder = PromptEncoder(self.pseudo_tokens, self.hidden_size, config.encoder)
+                encoder = PromptEncoder(template.num_pseudo_tokens, self.hidden_size, config.encoder)
             # Parameters and Adam's two averages, in single precision.
-            one = 3 * 4 * sum(p.numel() for p in encoder.parameters())
-        needed = _COPIES * self.relations * one if "p-tuning" in config.methods else 0
+            needed += _COPIES * 3 * 4 * sum(p.numel() for p in encoder.parameters())
         free = shutil.disk_usage(where).free
         about = f"{config.out}: {free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.1f} GB"
         if free < needed:
@@ -133,7 +134,7 @@ class _Checks:
         training |= {"manual+fine-tuning": "fine-tuning", "autoprompt": "p-tuning"}  # whose search needs no more
         lines = []
         for method in sorted({training[name] for name in self.config.methods if name in training}):
-            found = _plan_here(self.config, method, max(1, self.relations))
+            found = _plan_here(self.config, method, self.templates)
             needs = [f"{found.total(place) / 1e9:.1f} GB of {what}" for place, what in _PLACES if found.total(place)]
             lines.append(f"{method}: a rank of {found.ranks} needs {' and '.join(needs)} memory")
             if not found.fits and not _is_login_node():
@@ -150,8 +151,13 @@ def _is_login_node() -> bool:
     return bool(os.environ.get("MEGAPROMPT_LOGIN_NODE"))  # set by slurm/common.sh where it submits
 
 
-def _plan_here(config: ProbeConfig, method: Method, relations: int) -> Plan:
-    """The plan of a run on the machines of this job, or on this machine."""
+def _plan_here(config: RunConfig, method: Method, templates: Sequence[Template]) -> Plan:
+    """The plan of a run on the machines of this job, or on this machine.
+
+    Args:
+        templates: of the learned prompts, one for each task; the plan is made for the most pseudo tokens.
+    """
+    most = max((template.num_pseudo_tokens for template in templates), default=0)
     ranks = int(os.environ.get("SLURM_NTASKS") or os.environ.get("WORLD_SIZE") or 1)
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
     per_node = -(-ranks // nodes)
@@ -169,9 +175,9 @@ def _plan_here(config: ProbeConfig, method: Method, relations: int) -> Plan:
             method=method,
             deepspeed=config.deepspeed,
             dtype=config.dtype or cast(Dtype, str(dtype_of(None, device)).removeprefix("torch.")),
-            relations=relations,
+            relations=max(1, len(templates)),
             relation_groups=config.relation_groups,
-            template=config.template,
+            template=f"<{most}>[X][Y]",
             encoder=config.encoder,
             row_tokens=config.row_tokens,
             pass_tokens=config.pass_tokens,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,6 +109,17 @@ class Objective(ABC):
     @abstractmethod
     def answer(self, scores: Tensor, gold: Tensor) -> Answers:
         """What scores [I, answers] say."""
+
+    def read(self, outputs: Outputs, gold: Tensor, head: nn.Module | None) -> Answers:
+        """What outputs say."""
+        return self.answer(self.scores(outputs, head), gold)
+
+    def rounds(self, instances: Sequence[Instance]) -> Generator[Sequence[Instance], Answers, Answers]:
+        """Ask instances: yields what is to be asked, gets what was read, and returns the answers.
+
+        One round is enough, unless an answer is written token by token.
+        """
+        return (yield instances)
 
     @abstractmethod
     def measure(self, answers: Answers, asked: Sequence[Example] | Sequence[Instance]) -> dict[str, float]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.query import Query, TextEncoder
 from megaprompt.prompting.template import FACT, Template, default_template
-from megaprompt.tasks.objective import Objective
+from megaprompt.tasks.objective import Answers, Objective
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+Way = Literal["learned", "alone"]
+"""With learned prompts; or the fields alone, for a model that is trained to understand them so."""
 
 
 class Example(NamedTuple):
@@ -23,6 +27,8 @@ class Example(NamedTuple):
     gold: int  # the right one: a token of the vocabulary, a class, or the place among the candidates
     candidates: tuple[str, ...] = ()  # answers to choose from; each makes a query of its own
     group: str | None = None  # of examples that are scored together, such as the answers to one question
+    given: str | None = None  # an answer that is to be judged
+    key: tuple[int, ...] = ()  # its numbers in the data
 
 
 class Instance(NamedTuple):
@@ -32,6 +38,7 @@ class Instance(NamedTuple):
     gold: int
     group: str | None = None
     candidates: tuple[int, ...] = ()  # which candidate each query belongs to; none if each has one query
+    given: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,11 +53,17 @@ class Task:
     label: str = ""
     type: str = ""
     manual: str | None = None  # the template that came with the data
-    others: tuple[str, ...] = ()  # more wordings that came with it
+    learned: str | None = None  # likewise, with pseudo tokens
+    others: tuple[str, ...] = ()  # more wordings that came with the data
     left_out: Mapping[str, int] = field(default_factory=dict)  # reason -> examples of the data that cannot be scored
     usable: Mapping[str, int] = field(default_factory=dict)  # way to answer -> examples of test that can be asked so
     max_tokens: int | None = None  # of a query without demonstrations; longer ones are cut
     end: str = ""  # what closes a text behind the answer
+    ways: Mapping[Way, Task] = field(default_factory=dict, repr=False)  # the same examples, asked for in other ways
+
+    def way(self, name: Way) -> Task:
+        """The task as it is to be asked; where the data know of no other way, this one."""
+        return self.ways.get(name, self)
 
     @property
     def places(self) -> list[str]:
@@ -76,6 +89,13 @@ class Task:
                 f"--methods {method}: {self.name} is answered by a head, which has to be trained; use p-tuning or "
                 f"fine-tuning"
             )
+
+    def must_be_learnable(self, method: str) -> None:
+        """See that the training examples can teach the task; all do, unless a kind of task says something else.
+
+        Raises:
+            UsageError: they cannot.
+        """
 
     @property
     def manual_template(self) -> Template:
@@ -129,6 +149,12 @@ class Task:
         """
         return "".join(f"{self.manual_template.fill(each.fields, each.answer)}\n" for each in examples)
 
+    def most_tokens(self, before: str) -> int | None:
+        """Of a query behind some text; None if there is no limit."""
+        if self.max_tokens is None:
+            return None
+        return self.max_tokens + (len(self.encoder.encode(before, True)) if before else 0)
+
     def instances(self, split: Split, template: Template, before: str = "") -> list[Instance]:
         """The examples of one split, asked with a template behind some text, such as demonstrations.
 
@@ -141,17 +167,19 @@ class Task:
         """The examples of train, as they are learned from."""
         return self.instances("train", template, before)
 
+    def submission(self, answers: Answers) -> list[dict[str, Any]] | None:
+        """Answers on test as lines of the data's own format for them; None if there is no such format."""
+        return None
+
     def instance(self, example: Example, template: Template, before: str = "") -> Instance:
         """One example, asked with a template behind some text.
 
         Raises:
             UsageError: as `instances`.
         """
-        most = self.max_tokens
-        if before and most is not None:
-            most += len(self.encoder.encode(before, True))
+        most = self.most_tokens(before)
         queries = tuple(
             template.render(example.fields, self.encoder, answer=answer, before=before, max_tokens=most)
             for answer in example.candidates or (None,)
         )
-        return Instance(queries, example.gold, example.group)
+        return Instance(queries, example.gold, example.group, given=example.given)

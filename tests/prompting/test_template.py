@@ -193,3 +193,15 @@ def test_demonstrations_stand_in_front_on_lines_of_their_own(make_backbone):
     query = Template.parse("<1>[X]<1>[Y]").render({"X": "Cuba"}, encoder, before=before)
     assert backbone.tokenization.tokenizer.decode(query.tokens[:-3]).startswith(before)
     assert query.tokens[-1] == -2
+
+
+def test_a_field_without_the_punctuation_at_its_end():
+    written = []
+    encoder = TextEncoder(lambda text, is_start: written.append(text) or [1])
+    fields = {"premise": 'It ran. "So!"', "hypothesis": "It sat."}
+    template = Template.parse("[premise~...]? [hypothesis~] , [Y]", NLI)
+    assert [str(piece) for piece in template.pieces] == ["[premise~...]", "? ", "[hypothesis~]", " , ", "[Y]"]
+    template.render(fields, encoder)
+    assert written == ['It ran. "So? It sat ,']
+    assert template.fill(fields, "Yes") == 'It ran. "So? It sat , Yes'
+    assert Template.parse("[premise] [Y]", NLI).fill(fields, "Yes") == 'It ran. "So!" Yes'

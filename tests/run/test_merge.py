@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megaprompt.config import ProbeConfig, from_yaml, to_yaml
+from megaprompt.config import ProbeConfig, SuperGlueConfig, from_yaml, to_yaml
 from megaprompt.errors import MegapromptError
 from megaprompt.run.merge import merge_runs
 from tests.report.made_up import change, diverge, make_results, write_run
@@ -65,9 +65,7 @@ def test_other_precision_is_refused(part, tmp_path):
 def test_other_metrics_are_refused(part, tmp_path):
     first, second = part("P30"), part("P36")
     change(second, lambda results: results.update(metrics={"accuracy": "accuracy"}))
-    with pytest.raises(
-        MegapromptError, match=r"its metrics are not those of .* \(accuracy, not p_at_1, p_at_10, mrr\)"
-    ):
+    with pytest.raises(MegapromptError, match=r"its score is not that of .* \(name accuracy, not p_at_1\)"):
         merge_runs([first, second], tmp_path / "all")
 
 
@@ -114,3 +112,21 @@ def test_parts_of_both_versions_make_one_run(tmp_path):
         assert merged["methods"][name]["relations"] == method["relations"]
         assert merged["methods"][name]["macro"] == method["macro"] | {"relations": 2}
     assert (tmp_path / "all" / "log.jsonl").read_text() == (FORMAT_1 / "log.jsonl").read_text()
+
+
+def test_tasks_with_metrics_of_their_own_are_put_together(tmp_path):
+    rows = {"CB": {"score": 0.5, "macro_f1": 0.25}, "RTE": {"score": 0.75}}
+    for name, row in rows.items():
+        path = tmp_path / name
+        path.mkdir()
+        results = make_results({"manual": {name: 0.0}})
+        results["metrics"] = dict.fromkeys(row, "heading")
+        results["methods"]["manual"]["relations"][name] |= row
+        write_run(path, results, [])
+        options = SuperGlueConfig(backbone="tiny", data="data", out=path, tasks=(name.lower(),))
+        (path / "config.yaml").write_text(to_yaml(options))
+    merged = merge_runs([tmp_path / name for name in rows], tmp_path / "all")
+    assert merged["metrics"] == {"score": "heading", "macro_f1": "heading"}
+    assert merged["methods"]["manual"]["macro"]["score"] == pytest.approx(0.625)
+    assert merged["methods"]["manual"]["macro"]["macro_f1"] == pytest.approx(0.25)
+    assert from_yaml(SuperGlueConfig, tmp_path / "all" / "config.yaml").tasks == ("CB", "RTE")

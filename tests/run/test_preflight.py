@@ -46,7 +46,7 @@ def test_a_run_that_can_start(check, tmp_path):
         (["--data", "nowhere"], 2, "WRONG data      --data nowhere"),
         (["--relations", "P36,P99"], 2, "--relations P99: not in data, which has P30, P36"),
         (["--vocab", "nowhere"], 2, "--vocab nowhere"),
-        (["--template", "[X] <3>"], 2, "WRONG options"),
+        (["--template", "[X] <3>"], 2, "WRONG data"),
         (["--deepspeed", "setup.py"], 2, "--deepspeed setup.py:1: not valid JSON"),
         (["--out", "setup.py/run"], 1, "WRONG disk      --out setup.py/run: cannot write"),
         (["--out", "tests"], 2, "--out tests is not empty"),

@@ -10,25 +10,25 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 
 import megaprompt
+from megaprompt.cli.data import data
 from megaprompt.config import (
     AskConfig,
     ConvertConfig,
-    CountConfig,
     EvaluateConfig,
-    FetchConfig,
     MemoryConfig,
     PlanConfig,
     ProbeConfig,
     ReportConfig,
+    RunConfig,
     StatusConfig,
-    VocabularyConfig,
+    SuperGlueConfig,
     from_yaml,
 )
 from megaprompt.config.mistakes import said_of
@@ -43,7 +43,6 @@ app = App(
     version=f"megaprompt {megaprompt.__version__}",
     **READING,
 )
-data = App(name="data", help="Fetch published facts, make a vocabulary that several models share, count facts.")
 app.command(data)
 
 
@@ -84,40 +83,63 @@ def _explain(error: BaseException, args: Sequence[str]) -> tuple[int, str]:
             return 1, f"{type(error).__name__}: {text} (unexpected; --debug shows where)"
 
 
-def _options_from_file(command: App, _: tuple[str, ...], arguments: ArgumentCollection) -> None:
+def _options_from_file(config: type[RunConfig]) -> Callable[[App, tuple[str, ...], ArgumentCollection], None]:
     """Take options that are not given from the file of --config, or else from the run that is resumed."""
-    file, resume, out = (arguments[f"--{name}"] for name in ("config", "resume", "out"))
-    if file.tokens:
-        path = Path(file.tokens[-1].value)
-    else:
-        path = Path(out.tokens[-1].value if out.tokens else ProbeConfig.out) / "config.yaml"
-        if not (resume.tokens and path.exists()):
-            return
-    from_yaml(ProbeConfig, path)  # tells mistakes of the file with its name
-    read_yaml(path)(command, (), arguments)  # () since options stand at the top of the file
+
+    def read(command: App, _: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        file, resume, out = (arguments[f"--{name}"] for name in ("config", "resume", "out"))
+        if file.tokens:
+            path = Path(file.tokens[-1].value)
+        else:
+            path = Path(out.tokens[-1].value if out.tokens else config.out) / "config.yaml"
+            if not (resume.tokens and path.exists()):
+                return
+        from_yaml(config, path)  # tells mistakes of the file with its name
+        read_yaml(path)(command, (), arguments)  # () since options stand at the top of the file
+
+    return read
 
 
-@app.command(config=_options_from_file)
-def probe(
-    config: ProbeConfig = ProbeConfig(),  # noqa: B008 (frozen)
-    *,
-    file: Annotated[Path | None, Parameter(name="--config", show_default=False)] = None,
-) -> None:
+OptionsFile = Annotated[Path | None, Parameter(name="--config", show_default=False)]
+
+
+@app.command(config=_options_from_file(ProbeConfig))
+def probe(config: ProbeConfig = ProbeConfig(), *, file: OptionsFile = None) -> None:  # noqa: B008 (frozen)
     """Score manual prompts, learn prompts and score them, on a frozen language model.
 
     Args:
         file: YAML file of options, such as the config.yaml of a run; options that are given here win.
     """
+    from megaprompt.run.job import probe
+    from megaprompt.run.material import Facts
+
+    _run(config, lambda: Facts(config), probe)
+
+
+@app.command(config=_options_from_file(SuperGlueConfig))
+def superglue(config: SuperGlueConfig, *, file: OptionsFile = None) -> None:
+    """Score manual prompts, learned prompts and fine-tuning on SuperGLUE's tasks.
+
+    Args:
+        file: YAML file of options, such as the config.yaml of a run; options that are given here win.
+    """
+    from megaprompt.run.job import superglue
+    from megaprompt.run.material import SuperGlue
+
+    _run(config, lambda: SuperGlue(config), superglue)
+
+
+def _run(config: Any, read: Callable[[], Any], job: Callable[..., dict[str, Any]]) -> None:
+    """Check a run, or do it and show its scores."""
     if config.check:
         from megaprompt.run.preflight import preflight
 
-        return preflight(config)
+        return preflight(config, read)
     from megaprompt.distributed.launch import joined_world
     from megaprompt.report.tables import summary_table
-    from megaprompt.run.job import probe
 
     with joined_world(force=config.deepspeed is not None) as world:
-        results = probe(config, world)
+        results = job(config, world)
     if world.is_main:
         show(summary_table(results))
         print(f"results  {config.out / 'results.json'}\nreport   {config.out / 'report.html'}")
@@ -227,53 +249,6 @@ def convert(config: ConvertConfig) -> None:
     if config.no_tokenizer:
         print(f"{config.out} has no tokenizer: texts cannot be encoded until one is saved there")
     print(f"megaprompt probe --backbone {config.out} ...")
-
-
-@data.command
-def fetch(config: FetchConfig) -> None:
-    """Download published facts into a directory for --data. Called again, it goes on where it stopped."""
-    from megaprompt.tasks.fetch import SOURCES, fetch, fetch_from_hub
-
-    source = SOURCES[config.source]
-    out = config.out or Path("data") / config.source
-    if config.url is not None:
-        source = source._replace(url=config.url, relations_url=None)
-    fetched = fetch(source, out) if config.hub is None else fetch_from_hub(config.hub, out)
-    facts = ", ".join(f"{count} {split}" for split, count in fetched.facts.items())
-    print(f"{out} has {fetched.relations} relations: {facts} facts")
-    if fetched.templates < fetched.relations:
-        print(f"{fetched.relations - fetched.templates} of the relations have no manual prompt: add to relations.jsonl")
-    vocab = f" --vocab {out / fetched.vocabularies[0]}" if fetched.vocabularies else ""
-    methods = "" if fetched.facts["train"] else " --methods manual"
-    print(f"megaprompt probe --data {out}{vocab}{methods} ...")
-
-
-@data.command
-def vocabulary(config: VocabularyConfig) -> None:
-    """Write the words that are one token for every one of several models: a file for --vocab."""
-    from megaprompt.backbone import load_tokenizer
-    from megaprompt.files import write_file
-    from megaprompt.tasks.lama.facts import read_vocabulary
-    from megaprompt.tasks.lama.vocabulary import common_words
-
-    candidates = None if config.words is None else read_vocabulary(config.words)
-    words = common_words([load_tokenizer(name) for name in config.backbones], candidates)
-    write_file(config.out, "".join(f"{word}\n" for word in words).encode())
-    print(f"{config.out} has {len(words)} words that are one token of {', '.join(config.backbones)}")
-
-
-@data.command
-def count(config: CountConfig = CountConfig()) -> None:  # noqa: B008 (frozen)
-    """Count the facts whose object is one token of a model and in a vocabulary, by relation and split."""
-    from megaprompt.backbone import load_tokenizer
-    from megaprompt.tasks.lama.facts import load_data
-    from megaprompt.tasks.lama.vocabulary import beside_lama, count_facts, count_table
-
-    facts = load_data(config.data)
-    counts = count_facts(facts, config.vocab, load_tokenizer(config.backbone))
-    show(count_table(counts, f"facts of {facts.name} for {config.backbone}, --vocab {config.vocab}"))
-    if published := beside_lama(counts):
-        print(published)
 
 
 def _quiet(debug: bool) -> None:

@@ -1,0 +1,60 @@
+"""What `megaprompt superglue` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from cyclopts import Parameter
+
+from megaprompt.config.options import Names, OptionalNames, Whole, WholeOrNone, above_zero
+from megaprompt.config.run import RunConfig
+from megaprompt.errors import UsageError
+
+SUPERGLUE_TASKS = ("BoolQ", "CB", "COPA", "MultiRC", "RTE", "WiC", "WSC")
+"""All but ReCoRD, which the paper leaves out."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SuperGlueConfig(RunConfig):
+    """Measure how well a language model does SuperGLUE's tasks: with manual prompts, learned ones, and fine-tuned."""
+
+    METHODS: ClassVar = ("manual", "in-context", "p-tuning", "fine-tuning", "manual+fine-tuning")
+
+    PARTS: ClassVar = "tasks"
+
+    data: str
+    """Directory with BoolQ/train.jsonl and others, in SuperGLUE's format: FewGLUE with dev32.jsonl, or SuperGLUE."""
+    out: Path = Path("runs/superglue")
+    """Directory of this run. It must not hold another run."""
+    methods: Names = ("manual", "p-tuning")
+    """What to compare: manual, in-context (training examples before the question), p-tuning (with the model frozen),
+    fine-tuning (of the whole model and a classifier on it), manual+fine-tuning (of the whole model, on the manual
+    prompt). Always giving the most frequent answer is reported beside them."""
+    setting: Literal["few-shot", "full"] = "few-shot"
+    """few-shot: train.jsonl and dev32.jsonl are used as they are. full: a tenth of train.jsonl is kept from training
+    and chosen on instead. Either way, scores are those on val.jsonl, on which nothing is chosen."""
+    tasks: OptionalNames = ()
+    """BoolQ, CB, COPA, MultiRC, RTE, WiC, WSC, in any case of letters. All of them if not given."""
+    patterns: Path | None = None
+    """TOML file with patterns of your own, which are added to the packaged ones or replace them."""
+    limit_examples: WholeOrNone = None
+    """Use at most so many examples per task and split: the first after a shuffle that depends on --data-seed. Those
+    that are scored together, such as the answers to one question, stay together."""
+    data_seed: Whole = 0
+    """For --limit-examples, and for which tenth is kept from full training data. Runs with another --seed have the same
+    examples."""
+    row_tokens: Whole = 1024
+    """Width of packed rows, which hold a passage once for all of its questions. Changes speed and memory, not
+    results."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        above_zero(self, "limit_examples")
+        known = {name.lower(): name for name in SUPERGLUE_TASKS}
+        for name in self.tasks:
+            if name.lower() not in known:
+                raise UsageError(f"--tasks {name}: unknown; choose from {', '.join(SUPERGLUE_TASKS)}")
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(known[name.lower()] for name in self.tasks)))

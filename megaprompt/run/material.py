@@ -1,0 +1,152 @@
+"""What a command asks, as it stands in files: all in which one command differs from another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from megaprompt.backbone import Backbone
+from megaprompt.backbone.tokenization import Tokenization
+from megaprompt.config import ProbeConfig, SuperGlueConfig
+from megaprompt.methods import Prompts, chosen_methods, superglue_methods
+from megaprompt.methods.discrete import read_discrete_prompts
+from megaprompt.methods.method import Method
+from megaprompt.prompting.recipe import RECIPES
+from megaprompt.prompting.template import Template, default_template
+from megaprompt.tasks.lama.facts import load_data, read_vocabulary
+from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary
+from megaprompt.tasks.superglue.patterns import read_patterns
+from megaprompt.tasks.superglue.reading import read_superglue
+from megaprompt.tasks.superglue.tasks import superglue_tasks
+from megaprompt.tasks.task import SPLITS, Split, Task
+
+
+class Asked(NamedTuple):
+    """What can be asked of one backbone, and in which ways."""
+
+    tasks: dict[str, Task]
+    methods: list[Method]
+    ask_for: AskFor | None = None  # how facts are answered, if they are facts
+
+
+class Material(Protocol):
+    """Read before the backbone is loaded, so that mistakes are told at once."""
+
+    @property
+    def name(self) -> str:
+        """Of the data, as reports show it."""
+
+    def tasks(self) -> Sequence[str]:
+        """The names of the tasks that will be asked, as far as they are known without a backbone."""
+
+    def describe(self) -> str:
+        """A line for `--check`."""
+
+    def templates(self, causal: bool) -> Mapping[str, Template]:
+        """With which prompts are learned, by task."""
+
+    def asked_of(self, backbone: Backbone) -> Asked:
+        """Make tasks and methods.
+
+        Raises:
+            MegapromptError: there is nothing that can be asked of this backbone.
+        """
+
+
+ReadMaterial = Callable[[], Material]
+
+
+class Facts:
+    """Of `megaprompt probe`.
+
+    Raises:
+        UsageError: an option cannot work.
+        MegapromptError: a file is malformed.
+    """
+
+    def __init__(self, config: ProbeConfig) -> None:
+        if config.template is not None:
+            Template.parse(config.template)  # wrong ones are told at once
+        self.config, self.data = config, load_data(config.data)
+        self.relations = self.data.select(config.relations)
+        self.discrete = {name: read_discrete_prompts(path) for name, path in config.discrete_prompts().items()}
+        self.wordings = {} if config.wordings is None else read_discrete_prompts(config.wordings, "wordings")
+        if config.vocab not in ("auto", "none"):
+            read_vocabulary(Path(config.vocab))
+
+    @property
+    def name(self) -> str:
+        return self.data.name
+
+    def tasks(self) -> list[str]:
+        return [relation.id for relation in self.relations]
+
+    def describe(self) -> str:
+        counts = (f"{sum(len(r.facts[split]) for r in self.relations)} {split}" for split in SPLITS)
+        return f"{self.name}, {len(self.relations)} relation(s), {', '.join(counts)} facts"
+
+    def templates(self, causal: bool) -> dict[str, Template]:
+        return dict.fromkeys(self.tasks(), Template.parse(self.config.template or default_template(causal)))
+
+    def asked_of(self, backbone: Backbone) -> Asked:
+        config = self.config
+        ask_for = self._ask_for(backbone.tokenization)
+        tasks = lama_tasks(
+            self.data,
+            backbone,
+            ask_for,
+            names=config.relations,
+            splits=_splits(config, self.discrete),
+            limit=config.limit_facts,
+            seed=config.data_seed,
+        )
+        return Asked(tasks, chosen_methods(config, tasks, self.discrete, self.wordings), ask_for)
+
+    def _ask_for(self, tokenization: Tokenization) -> AskFor:
+        """Tokens or whole answers: as --answers says, else whole ones where the data has answers to choose from."""
+        config = self.config
+        answers = config.answers or ("candidates" if self.data.has_answer_spaces else "token")
+        vocabulary = load_vocabulary(config.vocab, self.data, tokenization) if answers == "token" else None
+        return AskFor(vocabulary, RECIPES[config.recipe].among_allowed, config.learn_by, config.bos == "always")
+
+
+def _splits(config: ProbeConfig, discrete: Mapping[str, Prompts]) -> tuple[Split, ...]:
+    """In which a relation must have facts."""
+    if set(config.methods) - {"manual"}:
+        return SPLITS
+    return ("train", "test") if discrete else ("test",)
+
+
+class SuperGlue:
+    """Of `megaprompt superglue`.
+
+    Raises:
+        UsageError: an option cannot work.
+        MegapromptError: a file is malformed.
+    """
+
+    def __init__(self, config: SuperGlueConfig) -> None:
+        self.config = config
+        self.patterns = read_patterns(config.patterns)
+        self.data = read_superglue(
+            Path(config.data), config.setting, config.tasks, limit=config.limit_examples, seed=config.data_seed
+        )
+
+    @property
+    def name(self) -> str:
+        return f"SuperGLUE ({self.config.setting})"
+
+    def tasks(self) -> list[str]:
+        return list(self.data)
+
+    def describe(self) -> str:
+        counts = (f"{sum(len(data.examples[split]) for data in self.data.values())} {split}" for split in SPLITS)
+        return f"{self.name} from {self.config.data}, {len(self.data)} task(s), {', '.join(counts)} examples"
+
+    def templates(self, causal: bool) -> dict[str, Template]:
+        return {name: self.patterns[name].learned.template(causal) for name in self.data}
+
+    def asked_of(self, backbone: Backbone) -> Asked:
+        tasks = superglue_tasks(self.data, self.patterns, backbone)
+        return Asked(tasks, superglue_methods(self.config))
