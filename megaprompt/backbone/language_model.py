@@ -29,9 +29,15 @@ class Backbone(PackedModel):
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, trainable: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        trainable: bool = False,
+        random_weights: int | None = None,
     ) -> None:
         super().__init__(model, trainable)
+        self.random_weights = random_weights  # their seed; None for those of the model itself
         weights = cast(nn.Parameter, model.get_input_embeddings().weight)
         with whole([weights]):
             self.embedding_statistics = _statistics(weights.detach())

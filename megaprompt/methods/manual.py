@@ -22,6 +22,7 @@ class Manual:
             template, dev = task.manual_template, None
             if task.examples["dev"]:
                 dev = context.measure(task, "dev", context.answer(task, template, "dev"))
+            context.save_prompt("manual", task, template, dev or {})
             return {"manual": Scored(context.row(task, template, dev), context.answer(task, template, "test"))}
 
         context.each_task(self.columns, score)

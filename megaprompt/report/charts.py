@@ -24,16 +24,19 @@ from megaprompt.report.tables import methods_in_order, rows_of
 _COLORS = {  # Okabe and Ito's palette, readable with every kind of colour vision
     "majority": "#999999",
     "manual": "#E69F00",
+    "best-manual": "#DDCC77",
+    "in-context": "#882255",
     "lpaqa": "#CC79A7",
     "autoprompt": "#333333",
     "fine-tuning": "#56B4E9",
     "manual+fine-tuning": "#009E73",
     "p-tuning": "#0072B2",
+    "best": "#D55E00",
 }
-_MORE_COLORS = ("#882255", "#DDCC77", "#117733", "#AA4499", "#000000")  # of Paul Tol's, for methods not known here
-_MARKERS = {"majority": "|", "manual": "s", "lpaqa": "D", "autoprompt": "^", "p-tuning": "o"}
-_MARKERS |= {"fine-tuning": "v", "manual+fine-tuning": "<"}
-_MORE_MARKERS = "P>X*h"
+_MORE_COLORS = ("#117733", "#AA4499", "#000000")  # of Paul Tol's, as two above, for methods not known here
+_MARKERS = {"majority": "|", "manual": "s", "lpaqa": "D", "autoprompt": "^", "p-tuning": "o", "best": "*"}
+_MARKERS |= {"best-manual": "p", "in-context": "X", "fine-tuning": "v", "manual+fine-tuning": "<"}
+_MORE_MARKERS = "P>hd"
 _DEV_COLOR, _LOSS_COLOR = "#0072B2", "#D55E00"
 
 

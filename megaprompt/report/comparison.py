@@ -20,7 +20,7 @@ import numpy as np
 from megaprompt.errors import MegapromptError
 from megaprompt.report.runs import Run
 from megaprompt.report.table2 import BackboneRow
-from megaprompt.report.tables import methods_in_order
+from megaprompt.report.tables import lead_of, methods_in_order
 
 Item = tuple[str, str, str, int]  # relation, input, gold, and which of several items with the same words
 
@@ -88,7 +88,8 @@ class Comparison:
 
 
 def compare(rows: Sequence[BackboneRow], relations: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
-    """Compare P-tuning (or else the best method) with every other method that wrote predictions, on each backbone.
+    """Compare `best` or P-tuning (or else the method that scores most) with every other that wrote predictions, on each
+    backbone.
 
     Raises:
         MegapromptError: a file of predictions is damaged.
@@ -101,10 +102,11 @@ def compare(rows: Sequence[BackboneRow], relations: Mapping[str, Mapping[str, An
         best_first = sorted(methods, key=lambda method: -macro.get(method, -math.inf))
         if len(methods) < 2:
             continue
-        lead = "p-tuning" if "p-tuning" in methods else best_first[0]
+        learned = lead_of(methods)
+        lead = learned or best_first[0]
         differences = [difference(asked, lead, method) for method in methods if method != lead]
         # As in the paper, what is learned stands against what is written, where both are there.
-        pair = ("manual", "p-tuning") if {"manual", "p-tuning"} <= set(methods) else (best_first[1], best_first[0])
+        pair = ("manual", learned) if learned and "manual" in methods else (best_first[1], best_first[0])
         labels = {name: about["label"] or name for name, about in relations.items()}
         knowledge = knowledge_of(asked, *pair, labels)
         found.append(Comparison(row.name, knowledge, [each for each in differences if each is not None]))
@@ -178,8 +180,10 @@ def difference(asked: Answers, method: str, other: str, *, samples: int = 10_000
     """The difference of the shares of right answers (mean over relations) on the items that both methods were asked,
     with a paired bootstrap interval.
 
-    Items are drawn with replacement within their relation, the same ones for both methods. With several seeds an item
-    counts as the share of the seeds that are right: the interval tells of the choice of items, not of seeds.
+    Inputs (subjects) are drawn with replacement within their relation, each with all its items, the same ones for both
+    methods: where a subject has several objects its facts are one question, which is right about one of them at most.
+    With several seeds an item counts as the share of the seeds that are right: the interval tells of the choice of
+    items, not of seeds.
 
     Returns:
         None if there is no item that both were asked.
@@ -188,25 +192,37 @@ def difference(asked: Answers, method: str, other: str, *, samples: int = 10_000
     both = np.isfinite(gap)
     if not both.any():
         return None
-    relation = np.array([item[0] for item in asked.items])[both]
-    low, high = bootstrap_interval(gap[both], relation, samples=samples, seed=seed)
+    relation, subject = (np.array([item[part] for item in asked.items])[both] for part in (0, 1))
+    low, high = bootstrap_interval(gap[both], relation, subject, samples=samples, seed=seed)
     names = np.unique(relation)
     mean = float(np.mean([gap[both][relation == name].mean() for name in names]))
     return Difference(method, other, mean, low, high, len(names), int(both.sum()))
 
 
-def bootstrap_interval(values: np.ndarray, group: np.ndarray, *, samples: int, seed: int) -> tuple[float, float]:
-    """The middle 95 % of the mean over groups of group means, when the values [N] are drawn again within their group.
+def bootstrap_interval(
+    values: np.ndarray, group: np.ndarray, cluster: np.ndarray, *, samples: int, seed: int
+) -> tuple[float, float]:
+    """The middle 95 % of the mean over groups of group means, when clusters are drawn again within their group.
 
-    Drawing n values with replacement is drawing how often each distinct value comes: one multinomial for each group.
+    Drawing n clusters with replacement is drawing how often each kind of cluster comes, of the same sum and size: one
+    multinomial for each group.
+
+    Args:
+        values: [N].
+        group: [N] relations.
+        cluster: [N] what is drawn as a whole, such as the facts of one subject.
     """
     generator = np.random.default_rng(seed)
     total = np.zeros(samples)
     names = np.unique(group)
     for name in names:
-        distinct, counts = np.unique(values[group == name], return_counts=True)
+        mine = group == name
+        _, place = np.unique(cluster[mine], return_inverse=True)
+        sums = np.round(np.bincount(place, values[mine]), 9)  # equal ones are equal whatever their order
+        kinds, counts = np.unique(np.stack([sums, np.bincount(place)]), axis=1, return_counts=True)
         n = counts.sum()
-        total += generator.multinomial(n, counts / n, size=samples) @ distinct / n  # [samples]
+        drawn = generator.multinomial(n, counts / n, size=samples)  # [samples, kinds]
+        total += (drawn @ kinds[0]) / (drawn @ kinds[1])
     low, high = np.percentile(total / len(names), (2.5, 97.5))
     return float(low), float(high)
 

@@ -28,11 +28,13 @@ from megaprompt.report.charts import (
     scores_per_page,
     types_chart,
 )
+from megaprompt.report.choices import choices_of
 from megaprompt.report.comparison import compare
-from megaprompt.report.runs import Run, Scoring, known, percent, plural, points, read_run
+from megaprompt.report.controls import control_sections
+from megaprompt.report.runs import Run, Scoring, backbone_name, known, percent, plural, points, read_run
 from megaprompt.report.table2 import AVERAGES, Table2, join
-from megaprompt.report.table2_formats import HEADINGS, as_csv, latex, legend, lines_of, markdown
-from megaprompt.report.tables import data_and_vocabulary, has_gain, methods_in_order, notes_of, rows_of
+from megaprompt.report.table2_formats import HEADINGS, as_csv, latex, legend, lines_of, markdown, relation_text
+from megaprompt.report.tables import data_and_vocabulary, has_gain, lead_of, methods_in_order, notes_of, rows_of
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -57,6 +59,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         results=results,
         scoring=Scoring.of(results),
         gain=has_gain(results),
+        lead_of=lead_of,
+        backbone_name=backbone_name,
+        controls=control_sections(table),
         about=data_and_vocabulary(results),
         notes=notes_of(results),
         methods=methods_in_order(results["methods"]),
@@ -67,6 +72,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         total=sum((Counter(about["facts"] | about["left_out"]) for about in abouts), Counter()),
         smallest=min((row for row in relations if row.items), key=lambda row: row.items, default=None),
         comparisons=compare(table.rows, table.relations),
+        choices=choices_of(results),
         circumstances=_circumstances(results),
     )
     write_tables(table, out)
@@ -81,8 +87,9 @@ def _run_figures(run: Run) -> dict[str, Figure]:
         for number, part in enumerate(page_parts(list(about), scores_per_page(methods)), 1):
             data = {**results["data"], "relations": {name: about[name] for name in part}}
             figures[_numbered("scores", number)] = scores_chart({**results, "data": data})
-    # Methods that fine-tune log lines of their own; the curves are those of prompts.
+    # Methods that fine-tune and other candidates log lines of their own; the curves are those of p-tuning.
     log = [line for line in run.log if "epoch" in line and line.get("method", "p-tuning") == "p-tuning"]
+    log = [line for line in log if not line.get("candidate")]
     logged = {line["relation"] for line in log}
     names = [name for name in dict.fromkeys([*about, *logged]) if name in logged]
     for number, part in enumerate(page_parts(names, LEARNING_PER_PAGE), 1) if names else ():
@@ -114,6 +121,8 @@ def write_joint_report(table: Table2, out: Path) -> Path:
         averages={average: lines_of(table, average) for average in AVERAGES},
         sentences=legend(table),
         headings=HEADINGS,
+        controls=control_sections(table),
+        relation_text=relation_text,
         comparisons=compare(table.rows, table.relations),
     )
     write_tables(table, out)

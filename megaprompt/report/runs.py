@@ -25,6 +25,12 @@ class Run:
     results: dict[str, Any]  # as in schema 2
     log: list[dict[str, Any]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)  # of config.yaml; none if there is no such file
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # of its prompts on other facts, by their name
+
+    @property
+    def control(self) -> str | None:
+        """What is different on purpose: `random-weights`."""
+        return self.results["backbone"].get("control")
 
     def row(self, method: str, relation: str) -> Mapping[str, Any]:
         """The scores of a method on a relation; empty if there are none."""
@@ -48,11 +54,20 @@ def read_run(path: Path) -> Run:
         log = [json.loads(line) for line in lines]
         file = path / "config.yaml"
         options = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+        evaluations = {}
+        for file in sorted(path.glob("evaluations/*.json")):
+            evaluations[file.stem] = json.loads(file.read_bytes())
     except (ValueError, yaml.YAMLError) as error:
         raise MegapromptError(f"{file}: is damaged ({' '.join(str(error).split())}); run the probe again") from error
     if not isinstance(results, dict) or (results.get("schema") != 2 and results.get("format") != 1):
         raise MegapromptError(f"{path / 'results.json'}: was not written by this version of megaprompt; run it again")
-    return Run(path, as_schema_2(results), log, options if isinstance(options, dict) else {})
+    return Run(path, as_schema_2(results), log, options if isinstance(options, dict) else {}, evaluations)
+
+
+def backbone_name(backbone: Mapping[str, Any]) -> str:
+    """`gpt2`, or `gpt2 with random weights`; of results.json."""
+    control = backbone.get("control")
+    return backbone["name"] + (f" with {control.replace('-', ' ')}" if control else "")
 
 
 def as_schema_2(results: Mapping[str, Any]) -> dict[str, Any]:

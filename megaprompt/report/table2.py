@@ -5,36 +5,23 @@ join([read_run(Path("runs/gpt2-xl")), read_run(Path("runs/bert-large"))]).rows[0
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from megaprompt.config import ProbeConfig
 from megaprompt.errors import MegapromptError
 from megaprompt.report.cited import cited_scores
 from megaprompt.report.runs import Run, Scoring, divergence, plural
-from megaprompt.report.tables import MARK, compared, leaders, methods_in_order, over_the_same
+from megaprompt.report.settings import Settings, is_control_of, label_of, setups_of
+from megaprompt.report.tables import MARK, compared, leaders, methods_in_order, note_on_few, over_the_same
 
 Average = Literal["macro", "micro"]
 AVERAGES: tuple[Average, Average] = ("macro", "micro")
-
-_OF_ALL_TRAINING = ("recipe", "batch_size", "max_epochs", "max_steps", "patience")
-_SETTINGS = {
-    "p-tuning": ("template", "encoder", "init", "learning_rate", "weight_decay", *_OF_ALL_TRAINING),
-    "autoprompt": ("template", "autoprompt_steps"),
-    "fine-tuning": ("fine_tuning_rate", *_OF_ALL_TRAINING[1:]),
-    "manual+fine-tuning": ("fine_tuning_rate", *_OF_ALL_TRAINING[1:]),
-}
-"""Options that change what a method gives. The others are the same for all runs of a table, or change no results."""
-
-_DEFAULTS: dict[str, Any] = {option.name: option.default for option in dataclasses.fields(ProbeConfig)}
-"""For a config.yaml of a version that did not know an option yet."""
-
-Settings = dict[str, dict[str, Any]]  # backbone, facts, and each method that has settings -> options
+RANDOM = "random weights"
+"""The control on the same architecture with random weights."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +59,7 @@ class BackboneRow:
     name: str
     cells: dict[str, Cell]  # by method
     cited: dict[str, float | str]  # the paper's, by method
+    controls: dict[str, dict[str, Cell]] = field(default_factory=dict)  # `on wiki_uni`, `random weights` -> by method
 
     def means(self, average: Average = "macro") -> dict[str, float]:
         """The averages of the methods that have one."""
@@ -99,7 +87,8 @@ class BackboneRow:
     def methods_by_runs(self) -> dict[tuple[str, ...], list[str]]:
         """Which methods come from the same runs (their directories)."""
         found: dict[tuple[str, ...], list[str]] = {}
-        for method, cell in self.cells.items():
+        random = {f"{method}, random weights": cell for method, cell in self.controls.get(RANDOM, {}).items()}
+        for method, cell in (self.cells | random).items():
             found.setdefault(tuple(str(run.path) for run in cell.runs), []).append(method)
         return found
 
@@ -139,25 +128,28 @@ def join(runs: Sequence[Run]) -> Table2:
     _check_alike(runs)
     first = runs[0].results["data"]
     scoring = Scoring.of(runs[0].results)
+    setups, controls = _with_controls(runs)
+    everyone, runs = runs, [run for _, members in setups for run in members]
     everywhere = [name for name in first["relations"] if all(_has_facts(run, name) for run in runs)]
     if not everywhere:
         raise MegapromptError(
             f"the runs have no {scoring.words.group} in common; give runs over the same {scoring.groups}"
         )
     names = {name: None for run in runs for name in run.results["data"]["relations"]}
-    notes = [f"{run.path} is not complete: its scores so far." for run in runs if not run.results.get("complete")]
+    notes = [f"{run.path} is not complete: its scores so far." for run in everyone if not run.results.get("complete")]
     if missing := [name for name in names if name not in everywhere]:
         count = plural(len(missing), scoring.words.group)
         over = f"Over the {plural(len(everywhere), scoring.words.group)} of all runs."
         notes.append(f"{over} Left out: {count} ({', '.join(missing)}).")
     vocabulary = first["vocabulary"]["name"] if first["vocabulary"] else None
-    setups = _setups(runs)
     rows = []
-    for settings, members in setups:
-        label = _label(settings, [other for other, _ in setups])
+    for (settings, members), of_row in zip(setups, controls, strict=True):
+        label = label_of(settings, [other for other, _ in setups])
         paper = cited_scores(members[0].results["backbone"], vocabulary) if scoring.score == "p_at_1" else {}
-        rows.append(BackboneRow(label, _cells(label, members, everywhere, scoring, notes), paper))
+        cells = _cells(label, members, everywhere, scoring, notes)
+        rows.append(BackboneRow(label, cells, paper, _control_cells(cells, of_row, everywhere, scoring)))
     notes += _notes_on_counts(rows, scoring)
+    notes += dict.fromkeys(note for run in runs for note in note_on_few(run.results))
     methods = methods_in_order({method for row in rows for method in row.cells})
     relations = {name: first["relations"][name] for name in everywhere}
     return Table2(first["name"], vocabulary, scoring, relations, rows, methods, notes)
@@ -184,57 +176,6 @@ def _has_facts(run: Run, relation: str) -> bool:
     return about is not None and about["facts"]["test"] > 0
 
 
-def _setups(runs: Iterable[Run]) -> list[tuple[Settings, list[Run]]]:
-    """Runs that differ only in the seed, or in methods, and what they have in common: a pair for each row."""
-    setups: list[tuple[Settings, list[Run]]] = []
-    for run in runs:
-        settings = _settings(run)
-        for of_row, members in setups:
-            # A run that only fine-tunes may stand beside one that learns prompts.
-            if all(of_row[part] == settings[part] for part in of_row.keys() & settings.keys()):
-                of_row |= settings
-                members.append(run)
-                break
-        else:
-            setups.append((settings, [run]))
-    return setups
-
-
-def _settings(run: Run) -> Settings:
-    """What has to be the same in runs that differ only in the seed."""
-    backbone, options = run.results["backbone"], _DEFAULTS | run.options
-    settings: Settings = {
-        # The precision in force: --dtype is often not given, and a DeepSpeed configuration may say it.
-        "backbone": {"name": backbone["name"], "weights": backbone["fingerprint"], "dtype": backbone["dtype"]},
-        "facts": {key: options.get(key) for key in ("limit_facts", "limit_examples", "setting", "patterns")},
-    }
-    for method, keys in _SETTINGS.items():
-        if run.results["methods"].get(method):
-            settings[method] = {key: options[key] for key in keys} if run.options else {"run": str(run.path)}
-            if "fine-tuning" in method and run.options:
-                # Weights are trained in float32 unless something says otherwise, also where the frozen ones are not.
-                said = options["dtype"] or options["deepspeed"]
-                settings[method]["dtype"] = backbone["dtype"] if said else "float32"
-    for text in options["discrete"]:
-        name, _, path = text.partition("=")
-        settings[f"prompts {name}"] = {name: path}
-    return settings
-
-
-def _label(settings: Settings, all_settings: Sequence[Settings]) -> str:
-    """The backbone's name, and what tells its row from others of the same name."""
-    like = [other for other in all_settings if other["backbone"]["name"] == settings["backbone"]["name"]]
-    told: dict[str, None] = {}
-    for part, options in settings.items():
-        others = [other[part] for other in like if part in other]
-        for key, value in options.items():
-            several = len({str(other[key]) for other in others if key in other}) > 1
-            if several or (key == "run" and len(like) > 1):  # nothing else is known of a run without configuration
-                told[f"{key.replace('_', '-')} {'not given' if value is None else value}"] = None
-    name = settings["backbone"]["name"]
-    return f"{name} ({', '.join(told)})" if told else name
-
-
 def _cells(
     label: str, runs: Sequence[Run], relations: Sequence[str], scoring: Scoring, notes: list[str]
 ) -> dict[str, Cell]:
@@ -258,6 +199,53 @@ def _cells(
             over = f"over {cell.scored.sum()} of {len(relations)} {scoring.groups}"
             notes.append(f"{MARK.strip()} {label}, {method}: averages {over}. {compared(scoring)}")
     return cells
+
+
+def _with_controls(runs: Sequence[Run]) -> tuple[list[tuple[Settings, list[Run]]], list[list[Run]]]:
+    """What makes the rows, and the controls of each. Controls of nothing that is there make rows themselves."""
+    setups = setups_of([run for run in runs if not run.control])
+    controls: list[list[Run]] = [[] for _ in setups]
+    alone = []
+    for run in runs:
+        if run.control:
+            of_rows = [
+                mine for (settings, _), mine in zip(setups, controls, strict=True) if is_control_of(run, settings)
+            ]
+            for mine in of_rows:
+                mine.append(run)
+            if not of_rows:
+                alone.append(run)
+    others = setups_of(alone)
+    return [*setups, *others], [*controls, *([] for _ in others)]
+
+
+def _control_cells(
+    cells: Mapping[str, Cell], controls: Sequence[Run], relations: Sequence[str], scoring: Scoring
+) -> dict[str, dict[str, Cell]]:
+    """The same methods on other facts, with the prompts of the cells, and on the backbone with random weights."""
+
+    def cell(found: Sequence[tuple[Run, Mapping[str, Any]]]) -> Cell | None:
+        rows = [[(of_run or {}).get(name) or {} for name in relations] for _, of_run in found]
+        scores = np.array([[scoring.percent_of(row) for row in of_run] for of_run in rows], dtype=float)
+        if not found or not np.isfinite(scores).all(0).any():
+            return None
+        scores[:, ~np.isfinite(scores).all(0)] = np.nan
+        facts = np.array([[float(row.get("facts", 0)) for row in of_run] for of_run in rows])
+        return Cell(
+            tuple(run for run, _ in found), scores, facts, any(row.get("diverged") for of_run in rows for row in of_run)
+        )
+
+    result: dict[str, dict[str, Cell]] = {}
+    for method, measured in cells.items():
+        for name in dict.fromkeys(name for run in measured.runs for name in run.evaluations):
+            of_runs = [(run, run.evaluations.get(name, {}).get("methods", {}).get(method)) for run in measured.runs]
+            if one := cell([(run, found["relations"]) for run, found in of_runs if found]):
+                result.setdefault(f"on {name}", {})[method] = one
+        by_seed = {run.options.get("seed", str(run.path)): run for run in reversed(controls)}
+        random = [(run, run.results["methods"].get(method)) for run in by_seed.values()]
+        if one := cell([(run, found["relations"]) for run, found in random if found]):
+            result.setdefault(RANDOM, {})[method] = one
+    return result
 
 
 def _is_usable(label: str, run: Run, method: str, relations: Sequence[str], scoring: Scoring, notes: list[str]) -> bool:

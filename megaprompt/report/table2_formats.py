@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from rich import box
 from rich.table import Table
@@ -18,11 +19,12 @@ from rich.text import Text
 from megaprompt.report.cited import FACTS_OF_THE_PAPER, SOURCE, paper_vocabulary
 from megaprompt.report.runs import plural, points
 from megaprompt.report.table2 import AVERAGES, Average, BackboneRow, Cell, Table2
-from megaprompt.report.tables import MARK, methods_in_order
+from megaprompt.report.tables import MARK, lead_of, methods_in_order
 
 HEADINGS = {"manual": "MP", "fine-tuning": "FT", "manual+fine-tuning": "MP+FT", "p-tuning": "P-tuning"}
-HEADINGS |= {"lpaqa": "LPAQA", "e-bert": "E-BERT", "autoprompt": "AutoPrompt"}
+HEADINGS |= {"lpaqa": "LPAQA", "e-bert": "E-BERT", "autoprompt": "AutoPrompt", "best-manual": "best MP"}
 """What the paper calls the methods."""
+_GAINS = ("p-tuning", "best")  # beside whose scores stands what they gain over manual prompts
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,14 @@ def lines_of(table: Table2, average: Average) -> tuple[list[Shown], list[list[Sh
     """Headings, and a line per backbone: its name, and each method, beside it the paper's figure (macro only)."""
     cited = {method for row in table.rows for method in row.cited} if average == "macro" else set()
     methods = methods_in_order({*table.methods, *cited})
-    others = set(table.methods) - {"majority", "manual", "p-tuning"}
-    over = "p-tuning" in table.methods and bool(others)
+    lead = lead_of(table.methods) or ""
+    over = bool(lead and set(table.methods) - {"majority", "manual", lead})
     headings = [Shown("backbone")]
     for method in methods:
         heading = HEADINGS.get(method, method)
         headings += [Shown(heading)] * (method in table.methods)
         headings += [Shown(f"{heading} †", cited=True)] * (method in cited)
-    headings += [Shown("P-tuning over the best other")] * over
+    headings += [Shown(f"{HEADINGS.get(lead, lead)} over the best other")] * over
     lines = []
     for row in table.rows:
         best = row.best(average)
@@ -55,22 +57,32 @@ def lines_of(table: Table2, average: Average) -> tuple[list[Shown], list[list[Sh
                 line.append(Shown(_measured_text(row, method, average), best=method in best))
             if method in cited:
                 line.append(Shown(_cited_text(row.cited, method), cited=True))
-        lines.append(line + [Shown(_over_the_best_other(row, average))] * over)
+        lines.append(line + [Shown(_over_the_best_other(row, lead, average))] * over)
     return headings, lines
 
 
 def _measured_text(row: BackboneRow, method: str, average: Average) -> str:
     if method not in row.cells:
         return "–"
-    gain = row.difference(method, "manual", average) if method == "p-tuning" else None
+    gain = row.difference(method, "manual", average) if method in _GAINS else None
     return _mean_text(row.cells[method], average) + (f" ({points(gain)})" if gain is not None else "")
 
 
 def _mean_text(cell: Cell, average: Average) -> str:
     mean, deviation = cell.mean(average)
+    return with_deviation(mean, deviation) + MARK * (cell.diverged and not math.isnan(mean))
+
+
+def relation_text(cell: Cell, place: int) -> str:
+    """The mean and deviation over seeds of one relation."""
+    return with_deviation(*cell.mean("macro", np.arange(cell.scores.shape[1]) == place))
+
+
+def with_deviation(mean: float, deviation: float | None) -> str:
+    """`45.7 ± 0.8`; a dash if it is not known."""
     if math.isnan(mean):
         return "–"
-    return f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "") + MARK * cell.diverged
+    return f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
 
 
 def _cited_text(cited: Mapping[str, float | str], method: str) -> str:
@@ -82,9 +94,9 @@ def _cited_text(cited: Mapping[str, float | str], method: str) -> str:
     return f"{value:.1f}" + (f" ({points(value - manual)})" if gain and isinstance(manual, float) else "")
 
 
-def _over_the_best_other(row: BackboneRow, average: Average) -> str:
-    others = [method for method in methods_in_order(row.cells) if method != "p-tuning"]
-    found = {method: row.difference("p-tuning", method, average) for method in others}
+def _over_the_best_other(row: BackboneRow, lead: str, average: Average) -> str:
+    others = [method for method in methods_in_order(row.cells) if method != lead]
+    found = {method: row.difference(lead, method, average) for method in others}
     gaps = {method: gap for method, gap in found.items() if gap is not None}
     if not gaps:
         return "–"
@@ -95,12 +107,15 @@ def _over_the_best_other(row: BackboneRow, average: Average) -> str:
 def legend(table: Table2) -> list[str]:
     """Sentences that belong below the table."""
     given = f"given the {table.scoring.words.input} alone"
-    names = {"manual": "MP: manual prompts", "fine-tuning": f"FT: fine-tuning, {given}"}
-    names |= {"manual+fine-tuning": "MP+FT: fine-tuning with the manual prompt"}
+    items, group = table.scoring.items, table.scoring.words.group
+    names = {"manual": "MP: manual prompts", "best-manual": "best MP: of several manual prompts the best on dev"}
+    names |= {"in-context": f"in-context: training {items} before the question, as many as is best on dev"}
+    names |= {"fine-tuning": f"FT: fine-tuning, {given}", "manual+fine-tuning": "MP+FT: fine-tuning with MP"}
+    names |= {"best": f"best: for each {group} what is best on dev of all that was tried"}
     used = [text for method, text in names.items() if any(method in (*row.cells, *row.cited) for row in table.rows)]
     sentences = ["; ".join(used) + "."] if used else []
-    if {"manual", "p-tuning"} <= set(table.methods):
-        sentences.append("In brackets: P-tuning over MP, in points.")
+    if "manual" in table.methods and (gains := [HEADINGS.get(m, m) for m in _GAINS if m in table.methods]):
+        sentences.append(f"In brackets: {' and '.join(gains)} over MP, in points.")
     seeds = sorted({len(cell.runs) for row in table.rows for cell in row.cells.values() if cell.mean()[1] is not None})
     if seeds:
         over = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
@@ -181,23 +196,24 @@ def as_csv(table: Table2) -> str:
     where = {"data": table.data, "vocabulary": table.vocabulary}
     lines: list[dict[str, object]] = []
     for row in table.rows:
-        for average in AVERAGES:
-            for method, cell in row.cells.items():
-                mean, deviation = cell.mean(average)
-                lines.append(
-                    {
-                        "backbone": row.name,
-                        "method": method,
-                        "average": average,
-                        score: f"{mean:.4f}",
-                        "deviation": None if deviation is None else f"{deviation:.4f}",
-                        "seeds": str(len(cell.runs)),
-                        "relations": str(cell.scored.sum()),
-                        "facts": " or ".join(dict.fromkeys(f"{n:.0f}" for n in cell.facts[:, cell.scored].sum(1))),
-                        **where,
-                        "source": "measured",
-                    }
-                )
+        every = {"measured": row.cells, **{f"measured {name}": cells for name, cells in row.controls.items()}}
+        for source, average, method in ((s, a, m) for s, cells in every.items() for a in AVERAGES for m in cells):
+            cell = every[source][method]
+            mean, deviation = cell.mean(average)
+            lines.append(
+                {
+                    "backbone": row.name,
+                    "method": method,
+                    "average": average,
+                    score: f"{mean:.4f}",
+                    "deviation": None if deviation is None else f"{deviation:.4f}",
+                    "seeds": str(len(cell.runs)),
+                    "relations": str(cell.scored.sum()),
+                    "facts": " or ".join(dict.fromkeys(f"{n:.0f}" for n in cell.facts[:, cell.scored].sum(1))),
+                    **where,
+                    "source": source,
+                }
+            )
         for method, value in row.cited.items():
             about = {"backbone": row.name, "method": method, "average": "macro", "relations": "41"}
             lines.append({**about, score: str(value), **where, "source": f"cited: {SOURCE}"})

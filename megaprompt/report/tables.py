@@ -13,24 +13,32 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from megaprompt.report.runs import Scoring, as_schema_2, divergence, known, percent, plural, points
+from megaprompt.report.runs import Scoring, as_schema_2, backbone_name, divergence, known, percent, plural, points
 
-DISCRETE = ("majority", "manual", "best-manual", "in-context", "lpaqa", "e-bert", "autoprompt")
-TRAINED = ("fine-tuning", "manual+fine-tuning", "p-tuning", "best")
+WRITTEN = ("majority", "manual", "best-manual", "in-context", "lpaqa", "e-bert")
+SEARCHED = ("autoprompt", "fine-tuning", "manual+fine-tuning", "p-tuning", "best")
 MARK = " ‡"
 """Behind scores of a relation whose training diverged, and averages over fewer relations than there are."""
+FEW = " §"
+"""Behind names of relations with few facts to choose with or to learn from."""
 
 
 def methods_in_order(methods: Iterable[str]) -> list[str]:
     """Methods as tables and charts show them: majority, manual and other written prompts, then those that train."""
 
     def place(method: str) -> tuple[int, str]:
-        if method in TRAINED:
-            return len(DISCRETE) + 1 + TRAINED.index(method), method
+        if method in SEARCHED:
+            return len(WRITTEN) + 1 + SEARCHED.index(method), method
         name = method.removesuffix(" best").removesuffix(" ensemble")  # of a file with several prompts for a relation
-        return (DISCRETE.index(name) if name in DISCRETE else len(DISCRETE)), method
+        return (WRITTEN.index(name) if name in WRITTEN else len(WRITTEN)), method
 
     return sorted(methods, key=place)
+
+
+def lead_of(methods: Iterable[str]) -> str | None:
+    """The learned prompts that sentences and gains are about: `best`, else p-tuning; None if there are neither."""
+    methods = set(methods)
+    return next((method for method in ("best", "p-tuning") if method in methods), None)
 
 
 def leaders(scores: Mapping[str, float]) -> set[str]:
@@ -63,6 +71,11 @@ class Row:
     cells: dict[str, Mapping[str, Any]]  # method -> a row or an average of results.json; empty if it was not scored
     of_relations: dict[str, dict[str, float]]  # method -> the relations that it has scores of -> score in per cent
     scoring: Scoring
+    few: bool = False  # facts to choose with or to learn from
+
+    @property
+    def heading(self) -> str:
+        return self.name + FEW * self.few
 
     def scores(self) -> dict[str, float]:
         """The score in per cent of the methods that have one."""
@@ -79,10 +92,11 @@ class Row:
         return method in leaders(self.comparable())
 
     def gain(self) -> str:
-        """P-tuning over manual prompts, in points, over the relations that both have scores of."""
-        manual, learned = (self.of_relations.get(method, {}) for method in ("manual", "p-tuning"))
+        """The lead over manual prompts, in points, over the relations that both have scores of."""
+        lead = lead_of(self.cells)
+        manual, learned = (self.of_relations.get(method or "", {}) for method in ("manual", lead))
         both = manual.keys() & learned.keys()
-        if not both or not {"manual", "p-tuning"} <= self.scores().keys():
+        if not both or not {"manual", lead} <= self.scores().keys():
             return "–"
         total = sum(self.weights[name] for name in both)
         return points(sum(self.weights[name] * (learned[name] - manual[name]) for name in both) / total)
@@ -98,7 +112,7 @@ class Row:
 def rows_of(results: Mapping[str, Any]) -> tuple[list[Row], list[Row], list[Row]]:
     """Rows of relations, of the averages macro and micro, and of the relation types if there are several."""
     methods = {method: results["methods"][method] for method in methods_in_order(results["methods"])}
-    about, scoring = results["data"]["relations"], Scoring.of(results)
+    about, scoring, few = results["data"]["relations"], Scoring.of(results), few_facts(results)
 
     def row(name: str, label: str, kind: str, over: Sequence[str], *path: str) -> Row:
         cells, of_relations = {}, {}
@@ -111,7 +125,8 @@ def rows_of(results: Mapping[str, Any]) -> tuple[list[Row], list[Row], list[Row]
             cells[method] = found or {}
         items = {relation: about[relation]["facts"]["test"] for relation in over}
         weights = items if name == "micro" else dict.fromkeys(over, 1.0)
-        return Row(name, label, kind, sum(items.values()), weights, cells, of_relations, scoring)
+        is_few = name in few and path[0] == "relations"
+        return Row(name, label, kind, sum(items.values()), weights, cells, of_relations, scoring, is_few)
 
     relations = [row(name, i["label"], i["type"], [name], "relations", name) for name, i in about.items()]
     averages = [
@@ -139,7 +154,29 @@ def notes_of(results: Mapping[str, Any]) -> list[str]:
         if (count := len(macro.of_relations[method])) < len(macro.weights):
             over = f"averages over {count} of {len(macro.weights)} {scoring.groups}"
             notes.append(f"{method}: {over}. {compared(scoring)}")
-    return [f"{MARK.strip()} {note}" for note in notes]
+    return [f"{MARK.strip()} {note}" for note in notes] + note_on_few(results)
+
+
+def few_facts(results: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """The relations with few facts in train or dev, and how many these are, if a method learns or chooses."""
+    few = results.get("few", 0)  # of runs that know no such number: none
+    if not set(results["methods"]) & {"best-manual", "in-context", *SEARCHED}:
+        return {}
+    counts = {name: about["facts"] for name, about in results["data"]["relations"].items()}
+    return {name: (n["train"], n["dev"]) for name, n in counts.items() if min(n["train"], n["dev"]) < few}
+
+
+def note_on_few(results: Mapping[str, Any]) -> list[str]:
+    """The sentences about relations with few facts, if there are any."""
+    scoring, found = Scoring.of(results), few_facts(results)
+    if not found:
+        return []
+    told = ", ".join(f"{name} ({train} and {dev})" for name, (train, dev) in found.items())
+    few, selects = results["few"], results["selects"]
+    note = f"{FEW.strip()} Fewer than {few} {scoring.items} in train or dev: {told}."
+    if len(selects) > 1 and any(dev < few for _, dev in found.values()):
+        note += f" On so few in dev {scoring.metrics[selects[-1]]} chooses, not {scoring.metrics[selects[0]]}."
+    return [note]
 
 
 def compared(scoring: Scoring) -> str:
@@ -148,15 +185,15 @@ def compared(scoring: Scoring) -> str:
 
 
 def has_gain(results: Mapping[str, Any]) -> bool:
-    """Whether there is a column for the gain of P-tuning over manual prompts."""
-    return {"manual", "p-tuning"} <= set(results["methods"])
+    """Whether there is a column for the gain of the lead over manual prompts."""
+    return "manual" in results["methods"] and lead_of(results["methods"]) is not None
 
 
 def summary_table(results: Mapping[str, Any]) -> Table:
     """The score on test of every relation and method of one run, for a terminal; the best of a row is bold."""
     results = as_schema_2(results)
     scoring, methods, gain = Scoring.of(results), methods_in_order(results["methods"]), has_gain(results)
-    title = f"{scoring.heading} on test, %: {results['backbone']['name']}, {data_and_vocabulary(results)}"
+    title = f"{scoring.heading} on test, %: {backbone_name(results['backbone'])}, {data_and_vocabulary(results)}"
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in (scoring.words.group, "label", "type"):
         table.add_column(column, overflow="fold", no_wrap=column != "label")
@@ -166,7 +203,7 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     for i, row in enumerate((*relations, *averages)):
         if i == len(relations):
             table.add_section()
-        words = (row.name, row.label if i < len(relations) else "", row.type, str(row.items))
+        words = (row.heading, row.label if i < len(relations) else "", row.type, str(row.items))
         scores = [Text(row.text(method), "bold" if row.best(method) else "") for method in row.cells]
         table.add_row(*map(Text, words), *scores, *([Text(row.gain())] if gain else []))
     if notes := notes_of(results):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaprompt.backbone import Backbone, dtype_of, load_backbone
-from megaprompt.config import AskConfig, EvaluateConfig
+from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig, from_yaml
 from megaprompt.console import progress
 from megaprompt.distributed.world import World
 from megaprompt.engine.passes import Questions, Workplace, answers
@@ -18,25 +19,28 @@ from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.template import Template
 from megaprompt.run.averages import summarize
-from megaprompt.run.saved_prompts import SavedPrompt, load_prompts
+from megaprompt.run.directory import RunDirectory
+from megaprompt.run.saved_prompts import SavedPrompt, load_prompts, methods_with_prompts
 from megaprompt.tasks.lama.facts import Data, load_data
 from megaprompt.tasks.lama.one_token import OneToken
 from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary
-from megaprompt.tasks.task import Instance
+from megaprompt.tasks.task import Instance, Split, Task
 
 logger = logging.getLogger(__name__)
 
 
-def _backbone_for(prompts: Mapping[str, SavedPrompt], name: str | None, dtype: str | None) -> Backbone:
+def _backbone_for(prompts: Sequence[SavedPrompt], name: str | None, dtype: str | None) -> Backbone:
     """The backbone that all of the prompts were learned on.
 
     Raises:
         MegapromptError: a prompt was learned on another one.
     """
     world = World(device=torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
-    specs = sorted({prompt.backbone for prompt in prompts.values()})
-    backbone = load_backbone(name or specs[0], dtype_of(dtype, world.device), world.device)
-    for prompt in prompts.values():
+    spec, seed = min((prompt.backbone, prompt.random_weights) for prompt in prompts)
+    random_weights = int(seed) if seed else None
+    precision = dtype_of(dtype, world.device)
+    backbone = load_backbone(name or spec, precision, world.device, random_weights=random_weights)
+    for prompt in prompts:
         if prompt.fingerprint != backbone.fingerprint:
             raise MegapromptError(
                 f"{prompt.path}: learned on {prompt.backbone} (weights {prompt.fingerprint}), not on {backbone.name} "
@@ -46,50 +50,103 @@ def _backbone_for(prompts: Mapping[str, SavedPrompt], name: str | None, dtype: s
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Score saved prompts; returns scores in the form of one method of results.json.
+    """Score saved prompts of one method; returns scores in the form of one method of results.json.
 
     Raises:
         UsageError: there are no such prompts, relations or facts.
         MegapromptError: a prompt belongs to another backbone.
     """
-    prompts = load_prompts(config.prompts, config.method)
+    method = config.method or methods_with_prompts(config.prompts)[0]
+    found = _evaluate(config, [method])
+    return found | found.pop("methods")[method]
+
+
+def evaluate_all(config: EvaluateConfig) -> dict[str, Any]:
+    """Score the prompts of all methods of a run, and keep the scores there, for its report.
+
+    Returns:
+        Scores with `methods` in the form of results.json.
+
+    Raises:
+        UsageError: as `evaluate`, or the prompts are not those of a run.
+        MegapromptError: as `evaluate`.
+    """
+    if not (config.prompts / "results.json").is_file():
+        raise UsageError(f"--report: {config.prompts} is not the directory of a run; give one, or --out")
+    found = _evaluate(config, methods_with_prompts(config.prompts))
+    name = found["data"] if config.split == "test" else f"{found['data']}, {config.split}"
+    RunDirectory(config.prompts).write_evaluation(name, found)
+    return found
+
+
+def _evaluate(config: EvaluateConfig, methods: Sequence[str]) -> dict[str, Any]:
+    prompts = {method: load_prompts(config.prompts, method) for method in methods}
+    names = list(dict.fromkeys(name for of_method in prompts.values() for name in of_method))
     for name in config.relations:
-        if name not in prompts:
-            raise UsageError(f"--relations {name}: no prompt in {config.prompts}, which has {', '.join(prompts)}")
-    prompts = {name: prompts[name] for name in config.relations or prompts}
-    data = load_data(config.data or next(iter(prompts.values())).data)
-    backbone = _backbone_for(prompts, config.backbone, config.dtype)
+        if name not in names:
+            raise UsageError(f"--relations {name}: no prompt in {config.prompts}, which has {', '.join(names)}")
+    every = [prompt for of_method in prompts.values() for prompt in of_method.values()]
+    data = load_data(config.data or every[0].data)
+    names = list(config.relations) or _in_both(names, data)
+    backbone = _backbone_for(every, config.backbone, config.dtype)
     ask_for = AskFor()
     if not data.has_answer_spaces:
-        ask_for = AskFor(load_vocabulary(config.vocab, data, backbone.tokenization))
+        ask_for = AskFor(load_vocabulary(*_vocabulary_of(config, data), backbone.tokenization))
     tasks = lama_tasks(
         data,
         backbone,
         ask_for,
-        names=tuple(prompts),
+        names=tuple(names),
         splits=(config.split,),
         limit=config.limit_facts,
         seed=config.data_seed,
     )
-    rows, size = {}, backbone.exact_size(PassSize())
-    with progress("evaluate", sum(len(task.examples[config.split]) for task in tasks.values())) as update:
-        done = 0
-        for name, task in tasks.items():
-            template, examples = task.template(prompts[name].template), task.examples[config.split]
-            at = Workplace.shared(backbone, size, World(device=backbone.device), task.objective)
-            questions = Questions(task.instances(config.split, template, prompts[name].before), task.objective)
-            [found] = answers(at, [questions], prompts[name].vectors.to(backbone.device))
-            rows[name] = {
-                "label": task.label,
-                "type": task.type,
-                "facts": len(examples),
-                "template": template.text,
-                **task.objective.measure(found, examples),
-            }
-            done += len(examples)
-            update(done)
-    about = {"split": config.split, "data": data.name, "vocabulary": ask_for.vocabulary and ask_for.vocabulary.name}
-    return {**about, "relations": rows, **summarize(rows, list(OneToken.metrics))}
+    size, total = backbone.exact_size(PassSize()), sum(len(task.examples[config.split]) for task in tasks.values())
+    scores = {}
+    for method, of_method in prompts.items():
+        rows, done = {}, 0
+        with progress(f"evaluate {method}", total) as update:
+            for name, task in tasks.items():
+                if name in of_method:
+                    rows[name] = _scored(of_method[name], task, config.split, backbone, size)
+                done += len(task.examples[config.split])
+                update(done)
+        scores[method] = {"relations": rows, **summarize(rows, list(OneToken.metrics))}
+    among = ask_for.vocabulary and ask_for.vocabulary.name
+    return {"split": config.split, "data": data.name, "vocabulary": among, "methods": scores}
+
+
+def _vocabulary_of(config: EvaluateConfig, data: Data) -> tuple[str, Data]:
+    """The option, and the data that it is about: for a run's report the same answers compete as in the run."""
+    if config.report and config.vocab == "auto":
+        run = from_yaml(ProbeConfig, config.prompts / "config.yaml")
+        return run.vocab, load_data(run.data)
+    return config.vocab, data
+
+
+def _in_both(names: Sequence[str], data: Data) -> list[str]:
+    """The relations of which there are prompts and facts.
+
+    Raises:
+        UsageError: there are none.
+    """
+    both = [name for name in names if name in data.relations]
+    if not both:
+        raise UsageError(f"--data {data.name}: has none of the relations of the prompts, {', '.join(names)}")
+    if missing := [name for name in names if name not in both]:
+        logger.warning("left out, since %s has no facts of them: %s", data.name, ", ".join(missing))
+    return both
+
+
+def _scored(prompt: SavedPrompt, task: Task, split: Split, backbone: Backbone, size: PassSize) -> dict[str, Any]:
+    """A row of results.json, with the share of the most frequent answer: what always giving it would score."""
+    template, examples = task.template(prompt.template), task.examples[split]
+    at = Workplace.shared(backbone, size, World(device=backbone.device), task.objective)
+    questions = Questions(task.instances(split, template, prompt.before), task.objective)
+    [found] = answers(at, [questions], prompt.vectors.to(backbone.device))
+    most = max(Counter(example.gold for example in examples).values()) / len(examples)
+    about = {"label": task.label, "type": task.type, "facts": len(examples), "template": template.text}
+    return {**about, "most_frequent": most, **task.objective.measure(found, examples)}
 
 
 def ask(config: AskConfig) -> list[tuple[str, float]]:
@@ -106,7 +163,7 @@ def ask(config: AskConfig) -> list[tuple[str, float]]:
     if name not in prompts:
         raise UsageError(f"--relation {name}: no prompt in {config.prompts}, which has {', '.join(prompts)}")
     prompt = prompts[name]
-    backbone = _backbone_for({name: prompt}, config.backbone, config.dtype)
+    backbone = _backbone_for([prompt], config.backbone, config.dtype)
     objective = OneToken(_allowed(config.vocab, prompt, backbone), backbone.tokenization.text_of, config.top)
     template, encoder = Template.parse(prompt.template), backbone.text_encoder()
     query = template.render({"X": config.subject}, encoder, before=prompt.before)

@@ -176,7 +176,6 @@ class RunContext:
     ) -> None:
         if self.world.is_main:
             about = {"relation": task.name, "template": template.text, "label": task.label, "data": self.data_name}
-            kept = kept or Prompt(torch.zeros(0, self.backbone.hidden_size))
             prompt = SavedPrompt.of(self.backbone, kept, dev, about | {"before": before, "method": method})
             prompt.save(prompt_file(self.run.path, method, task.name))
 

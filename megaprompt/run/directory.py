@@ -4,11 +4,13 @@ config.yaml                 the whole configuration, enough to repeat the run
 progress.json               how far it is, for other programs to read (see `progress`)
 results.json                scores of every method so far; "complete" says whether that is all
 prompts/P36.safetensors     learned prompt vectors [pseudo tokens, hidden size], with what they belong to
+prompts/best/, manual/ ...  the same of other methods; of text alone without vectors
+evaluations/NAME.json       scores of the prompts on other facts (`megaprompt evaluate --report`)
 predictions/P36.jsonl       subject, object, rank and best answers per fact and method
 submission/manual/CB.jsonl  the answers of a method in the data's own format, if it has one
 state/step-00000150/        a checkpoint of training: one file per relation, and a manifest with their checksums
 autoprompt.jsonl            prompts that AutoPrompt found, for `--discrete`
-log.jsonl, tensorboard/     one line for each time that a relation is scored on dev
+log.jsonl, tensorboard/     one line for each time that a relation is scored on dev; what was tried and chosen of each
 report.html, *.png          see `report`
 """
 
@@ -18,6 +20,7 @@ import dataclasses
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,6 +84,11 @@ class RunDirectory:
         path = self.path / "results.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
+    def write_evaluation(self, name: str, scores: Mapping[str, Any]) -> None:
+        """Scores of the run's prompts on other facts, which its report shows beside its own."""
+        text = json.dumps(scores, indent=1, ensure_ascii=False)
+        write_file(self.path / "evaluations" / f"{name}.json", text.encode() + b"\n")
+
     def read_predictions(self, relation: str) -> list[dict[str, Any]]:
         """The prediction lines of a relation so far."""
         return _json_lines(self.path / "predictions" / f"{relation}.jsonl")
@@ -127,6 +135,16 @@ class RunDirectory:
         kept = [line for line in lines if (line.get("method"), line["relation"]) != (method, task)]
         if len(kept) < len(lines):
             write_file(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def log_choices(self, methods: Mapping[str, Mapping[str, Any]]) -> None:
+        """Append what methods, as in results.json, tried and chose for each relation."""
+        for method, found in methods.items():
+            for relation, row in found["relations"].items():
+                if tried := row.get("tried"):
+                    self.forget(method, relation)
+                    chosen = row.get("chosen", tried[0])
+                    about = {"time": time.time(), "method": method, "relation": relation}
+                    self.append_log(about | {"chosen": chosen, "tried": tried})
 
     def truncate_log(self, size: int) -> None:
         """Forget log lines after `size` bytes: they belong to steps that will be taken again."""

@@ -8,7 +8,7 @@ results = probe(ProbeConfig(relations=("P36", "P30"), out=Path("runs/two")))
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,19 +77,12 @@ def _run_on(config: RunConfig, read: ReadMaterial, world: World, status: Progres
         raise MegapromptError(f"--resume: {run.path} was written by another version of megaprompt; start a new run")
     if config.resume:
         status.phase("loading")
-    dtype = _dtype(config, deepspeed, world)
-    backbone = load_backbone(config.backbone, dtype, world.device, deepspeed.sharding)
+    load = _loader(config, deepspeed, world)
+    backbone, _ = load(False)
     size = backbone.exact_size(PassSize(config.row_tokens, config.pass_tokens))
     tasks, methods, ask_for = material.asked_of(backbone)
     results = results or new_results(backbone, tasks, world, data=material.name, ask_for=ask_for)
     _check_same_backbone(results, backbone, run)
-
-    def load(trainable: bool) -> tuple[Backbone, dict[str, Any] | None]:
-        if not trainable:
-            return load_backbone(config.backbone, dtype, world.device, deepspeed.sharding), None
-        own = dtype if deepspeed.sharding is not None or config.dtype else torch.float32
-        sharding = deepspeed.for_training(own)
-        return load_backbone(config.backbone, own, world.device, sharding, trainable=True), sharding
 
     context = RunContext(
         run=run,
@@ -122,10 +115,30 @@ def run_methods(context: RunContext, methods: Sequence[Method]) -> dict[str, Any
     for method in methods:
         if any(column not in results["methods"] for column in method.columns):
             method.run(context)
+    if context.world.is_main:
+        context.run.log_choices(results["methods"])
     results["complete"] = True
     context.save()
     context.world.barrier()
     return results
+
+
+def _loader(
+    config: RunConfig, deepspeed: DeepSpeedSettings, world: World
+) -> Callable[[bool], tuple[Backbone, dict[str, Any] | None]]:
+    """Loads the backbone frozen, or, if told so, to be trained, with the DeepSpeed configuration for that."""
+    dtype = _dtype(config, deepspeed, world)
+
+    def load(trainable: bool) -> tuple[Backbone, dict[str, Any] | None]:
+        own, sharding = dtype, deepspeed.sharding
+        if trainable:
+            own = dtype if sharding is not None or config.dtype else torch.float32
+            sharding = deepspeed.for_training(own)
+        random_weights = config.seed if config.control == "random-weights" else None
+        backbone = load_backbone(config.backbone, own, world.device, sharding, trainable, random_weights)
+        return backbone, sharding if trainable else None
+
+    return load
 
 
 def _dtype(config: RunConfig, deepspeed: DeepSpeedSettings, world: World) -> torch.dtype:
@@ -189,9 +202,12 @@ def new_results(
             "dtype": _name(backbone),
             "hidden_size": backbone.hidden_size,
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters()),
+            **({} if backbone.random_weights is None else {"control": "random-weights"}),
         },
         "metrics": {name: heading for objective in objectives for name, heading in objective.metrics.items()},
         "items": objectives[0].items,
+        "selects": list(objectives[0].selects),
+        "few": objectives[0].few,
         "data": {
             "name": data,
             "answers": ask_for and ask_for.answers,

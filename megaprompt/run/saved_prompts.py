@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -30,16 +31,23 @@ class SavedPrompt:
     label: str = ""
     before: str = ""  # demonstrations, which stand before the question
     method: str = "p-tuning"
+    random_weights: str = ""  # the seed of the backbone's weights, if they are random
     dev: Mapping[str, float] = field(default_factory=dict)  # its metrics on dev
     head: Mapping[str, Tensor] = field(default_factory=dict)  # tensors of the head that was trained with it, if any
     path: Path = Path()
 
-    _TEXT = ("relation", "template", "backbone", "fingerprint", "data", "label", "before", "method")
+    _TEXT = ("relation", "template", "backbone", "fingerprint", "data", "label", "before", "method", "random_weights")
 
     @classmethod
-    def of(cls, backbone: Backbone, kept: Prompt, dev: Mapping[str, float], about: Mapping[str, str]) -> SavedPrompt:
-        """What was learned on a backbone, with its metrics on dev; `about` has the relation, template, label, data."""
+    def of(
+        cls, backbone: Backbone, kept: Prompt | None, dev: Mapping[str, float], about: Mapping[str, str]
+    ) -> SavedPrompt:
+        """What was learned on a backbone, or text alone, with its metrics on dev; `about` has the relation, template,
+        label, data."""
+        kept = kept or Prompt(torch.zeros(0, backbone.hidden_size))
         names = {"backbone": backbone.name, "fingerprint": backbone.fingerprint, **about}
+        if backbone.random_weights is not None:
+            names["random_weights"] = str(backbone.random_weights)
         return cls(vectors=kept.vectors, head=kept.head, dev=dev, **names)  # type: ignore[arg-type]
 
     def save(self, path: Path) -> None:
@@ -80,21 +88,44 @@ class SavedPrompt:
 _FORMATS = tuple(f"megaprompt prompt {number}" for number in (1, 2, 3))
 
 
+PREFERRED = ("best", "p-tuning", "in-context", "best-manual", "manual")
+"""Methods whose prompts are taken if nobody says which."""
+
+
 def prompt_file(run: Path, method: str, relation: str) -> Path:
     """Where a run keeps what a method found for a relation."""
     below = run / "prompts"
     return (below if method == "p-tuning" else below / method) / f"{relation}.safetensors"
 
 
-def load_prompts(directory: Path, method: str | None = None) -> dict[str, SavedPrompt]:
-    """The prompts of a run, or of a directory of prompt files, by relation.
-
-    Args:
-        method: that found them; if not given, the first of `best`, `p-tuning` and the others that a run has.
+def methods_with_prompts(directory: Path) -> list[str]:
+    """The methods of which a run, or a directory of prompt files, has prompts; those that are preferred first.
 
     Raises:
         UsageError: there are none.
     """
+    found = _files(directory)
+    return [name for name in PREFERRED if name in found] + [name for name in found if name not in PREFERRED]
+
+
+def load_prompts(directory: Path, method: str | None = None) -> dict[str, SavedPrompt]:
+    """The prompts of a run, or of a directory of prompt files, by relation.
+
+    Args:
+        method: that found them; if not given, the first of PREFERRED and others that a run has.
+
+    Raises:
+        UsageError: there are none.
+    """
+    found = _files(directory)
+    name = method or methods_with_prompts(directory)[0]
+    if name not in found:
+        raise UsageError(f"--method {name}: {directory} has prompts of {', '.join(found)}")
+    return {prompt.relation: prompt for prompt in map(SavedPrompt.load, found[name])}
+
+
+def _files(directory: Path) -> dict[str, list[Path]]:
+    """Files of prompts by method."""
     below = directory / "prompts"
     root = below if below.is_dir() else directory
     folders = {"p-tuning": root, **{path.name: path for path in sorted(root.glob("*/"))}}
@@ -102,7 +133,4 @@ def load_prompts(directory: Path, method: str | None = None) -> dict[str, SavedP
     found = {name: paths for name, paths in found.items() if paths}
     if not found:
         raise UsageError(f"--prompts {directory}: no *.safetensors there; give a run that has learned prompts")
-    name = method or next((name for name in ("best", "p-tuning") if name in found), next(iter(found)))
-    if name not in found:
-        raise UsageError(f"--method {name}: {directory} has prompts of {', '.join(found)}")
-    return {prompt.relation: prompt for prompt in map(SavedPrompt.load, found[name])}
+    return found

@@ -133,3 +133,14 @@ def test_an_interrupted_run_goes_on_to_the_same_choice(options, tmp_path, monkey
     monkeypatch.setattr(trainer_module.Trainer, "train", train)
     resumed = probe(options(tmp_path / "broken", methods=("best",), resume=True))
     assert resumed["methods"] == whole["methods"]
+
+
+def test_the_log_has_every_choice_once(options, tmp_path):
+    results = probe(options(tmp_path / "run", methods=("best",)))
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    found = {(line["method"], line["relation"]): line for line in log if "tried" in line}
+    assert len(found) == sum("tried" in line for line in log) == 3 * 2
+    for (method, relation), line in found.items():
+        row = results["methods"][method]["relations"][relation]
+        assert line["tried"] == row["tried"]
+        assert line["chosen"] == row.get("chosen", row["tried"][0])

@@ -15,23 +15,57 @@ def test_bootstrap_agrees_with_drawing_facts_one_by_one():
     generator = np.random.default_rng(1)
     group = np.repeat(["a", "b", "c"], (30, 200, 7))
     values = generator.choice([-100.0, 0.0, 50.0, 100.0], size=len(group))
-    low, high = bootstrap_interval(values, group, samples=20_000, seed=0)
+    each = np.arange(len(values))
+    low, high = bootstrap_interval(values, group, each, samples=20_000, seed=0)
     means = np.zeros(20_000)
     for name in "abc":
         mine = values[group == name]
         means += mine[generator.integers(len(mine), size=(20_000, len(mine)))].mean(1) / 3
     expected = np.percentile(means, (2.5, 97.5))
     assert [low, high] == pytest.approx(expected, abs=0.05 * (high - low))
-    assert (low, high) == bootstrap_interval(values, group, samples=20_000, seed=0)
-    assert (low, high) != bootstrap_interval(values, group, samples=20_000, seed=1)
+    assert (low, high) == bootstrap_interval(values, group, each, samples=20_000, seed=0)
+    assert (low, high) != bootstrap_interval(values, group, each, samples=20_000, seed=1)
 
 
 def test_bootstrap_draws_within_relations_and_in_pairs():
     group = np.repeat(["a", "b"], (10, 1000))
     constant = np.where(group == "a", 100.0, 0.0)  # differs between relations, not within them
-    assert bootstrap_interval(constant, group, samples=100, seed=0) == (50.0, 50.0)  # macro: both count the same
-    low, high = bootstrap_interval(np.resize([100.0, -100.0], 400), np.repeat("a", 400), samples=10_000, seed=0)
+    each = np.arange(1010)
+    assert bootstrap_interval(constant, group, each, samples=100, seed=0) == (50.0, 50.0)  # macro: both count the same
+    values, group, each = np.resize([100.0, -100.0], 400), np.repeat("a", 400), np.arange(400)
+    low, high = bootstrap_interval(values, group, each, samples=10_000, seed=0)
     assert [low, high] == pytest.approx([-2 * 100 / 20, 2 * 100 / 20], abs=0.6)  # 1.96 standard errors
+
+
+def test_bootstrap_draws_whole_subjects():
+    generator = np.random.default_rng(1)
+    sizes = generator.integers(1, 9, size=60)
+    subject = np.repeat(np.arange(60), sizes)
+    values = np.repeat(generator.choice([-100.0, 0.0, 100.0], size=60), sizes)
+    group = np.repeat("a", len(values))
+    low, high = bootstrap_interval(values, group, subject, samples=10_000, seed=0)
+    means = []
+    for _ in range(10_000):
+        drawn = generator.integers(60, size=60)
+        means.append(np.concatenate([values[subject == one] for one in drawn]).mean())
+    assert [low, high] == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=0.05 * (high - low))
+    alone = bootstrap_interval(values, group, np.arange(len(values)), samples=10_000, seed=0)
+    assert high - low > 1.8 * (alone[1] - alone[0])
+
+
+def test_facts_of_one_subject_are_one_question(make_run):
+    """Ten subjects with four objects each are right or wrong about all: no more evidence than ten facts."""
+    wide = make_run("a", {"manual": {"P36": 0.5}, "p-tuning": {"P36": 0.5}})
+    few = make_run("b", {"manual": {"P36": 0.5}, "p-tuning": {"P36": 0.5}})
+    right = [1, 1, 1, 2, 2, 1, 2, 1, 1, 2]
+    names = [f"s{i}" for i in range(10)]
+    write_predictions(few, "P36", {"manual": [2] * 10, "p-tuning": right}, names)
+    fourfold = [rank for rank in right for _ in range(4)], [name for name in names for _ in range(4)]
+    write_predictions(wide, "P36", {"manual": [2] * 40, "p-tuning": fourfold[0]}, fourfold[1])
+    found = [difference(read_answers(joined(run).rows[0], ["P36"]), "p-tuning", "manual") for run in (wide, few)]
+    assert all(found)
+    assert (found[0].points, found[0].low, found[0].high) == (found[1].points, found[1].low, found[1].high)
+    assert (found[0].items, found[1].items) == (40, 10)
 
 
 def test_which_facts_are_known(answered):

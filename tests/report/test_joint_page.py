@@ -66,3 +66,13 @@ def test_wrong_use_of_report_is_said(make_run, tmp_path, capsys):
     ):
         assert main(["report", *args]) == 2, args
         assert message in capsys.readouterr().err
+
+
+def test_every_relation_has_its_spread_over_seeds(make_run, tmp_path):
+    runs = [
+        make_run(f"s{i}", {"manual": {"P36": 0.25, "P30": 0.5}, "best": {"P36": p, "P30": 0.5}}, seed=i)
+        for i, p in enumerate((0.5, 0.6, 0.4))
+    ]
+    page = Page(write_joint_report(joined(*runs), tmp_path / "out"))
+    assert page.rows(2)["P36"][-2:] == ["25.0", "50.0\u00a0±\u00a010.0"]
+    assert page.rows(2)["P30"][-2:] == ["50.0", "50.0"]

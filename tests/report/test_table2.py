@@ -26,6 +26,40 @@ def test_backbones_and_methods_stand_as_in_the_paper(make_run):
     assert not table.notes
 
 
+def test_what_is_chosen_on_dev_stands_in_the_table(make_run):
+    scores = {"best": 0.7, "manual": 0.2, "in-context": 0.4, "p-tuning": 0.5, "best-manual": 0.3, "majority": 0.1}
+    table = joined(make_run("a", {method: {"P36": score} for method, score in scores.items()}, candidates=3))
+    assert shown(table)["tiny"] == {
+        "majority": "10.0", "MP": "20.0", "best MP": "30.0", "in-context": "40.0", "P-tuning": "50.0 (+30.0)",
+        "best": "70.0 (+50.0)", "best over the best other": "+20.0 (P-tuning)",
+    }  # fmt: skip
+    assert "In brackets: P-tuning and best over MP, in points." in legend(table)
+    assert "best MP: of several manual prompts the best on dev" in legend(table)[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "rows"),
+    [
+        ("candidates", (2, 3), {"tiny (candidates 2)": ["best"], "tiny (candidates 3)": ["best"]}),
+        ("wordings", (Path("a"), Path("b")), {"tiny (wordings a)": ["best"], "tiny (wordings b)": ["best"]}),
+    ],
+)
+def test_another_choice_is_no_other_seed(make_run, option, values, rows):
+    runs = [
+        make_run(f"s{seed}", {"best": {"P36": 0.5}}, seed=seed, **{option: value}) for seed, value in enumerate(values)
+    ]
+    assert {row.name: list(row.cells) for row in joined(*runs).rows} == rows
+
+
+def test_other_facts_are_no_other_seed(make_run):
+    def rows(**options):
+        runs = [make_run(f"{len(options)}{i}", {"manual": {"P36": 0.5}}, data_seed=i, **options) for i in (0, 1)]
+        return [row.name for row in joined(*runs).rows]
+
+    assert rows() == ["tiny"]  # all facts
+    assert rows(limit_facts=10) == ["tiny (data-seed 0)", "tiny (data-seed 1)"]
+
+
 def test_micro_counts_facts(make_run):
     run = make_run("a", {"manual": {"P36": 0.5, "P30": 1.0}})
     change(run, lambda results: results["methods"]["manual"]["relations"]["P30"].update(facts=120))

@@ -15,7 +15,14 @@ def test_the_terminal_shows_the_numbers(results):
 
 
 def test_methods_stand_in_a_sensible_order():
-    names = ("p-tuning", "zzz", "lpaqa ensemble", "autoprompt", "manual", "majority", "abc", "lpaqa best")
-    assert methods_in_order(names) == [
-        "majority", "manual", "lpaqa best", "lpaqa ensemble", "autoprompt", "abc", "zzz", "p-tuning"
+    names = ("best", "p-tuning", "zzz", "lpaqa ensemble", "autoprompt", "in-context", "manual", "majority", "abc")
+    assert methods_in_order((*names, "lpaqa best", "manual+fine-tuning", "best-manual")) == [
+        "majority", "manual", "best-manual", "in-context", "lpaqa best", "lpaqa ensemble", "abc", "zzz", "autoprompt",
+        "manual+fine-tuning", "p-tuning", "best",
     ]  # fmt: skip
+
+
+def test_gains_are_those_of_the_lead(results):
+    results["methods"]["best"] = results["methods"]["p-tuning"]
+    results["methods"]["p-tuning"] = results["methods"]["majority"]
+    assert ["P36", "capital", "N-1", "40", "0.0", "53.8", "0.0", "50.0", "−3.8"] in printed_rows(results)

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from megaprompt.config import ProbeConfig, SuperGlueConfig, from_yaml, to_yaml
 from megaprompt.errors import MegapromptError
 from megaprompt.run.merge import merge_runs
+from megaprompt.run.saved_prompts import SavedPrompt, load_prompts, prompt_file
 from tests.report.made_up import change, diverge, make_results, write_run
 
 FORMAT_1 = Path(__file__).parents[1] / "report" / "format_1"
@@ -53,6 +55,19 @@ def test_options_that_change_no_results_may_differ(part, tmp_path):
     assert list(merged["methods"]["manual"]["relations"]) == ["P30", "P36"]
     config = from_yaml(ProbeConfig, tmp_path / "all" / "config.yaml")
     assert (config.relations, config.out) == (("P30", "P36"), tmp_path / "all")
+
+
+def test_prompts_of_every_method_are_put_together(part, tmp_path):
+    parts = [part("P30"), part("P36")]
+    for run in parts:
+        for method in ("p-tuning", "best", "in-context", "best-manual", "manual"):
+            vectors, about = torch.ones(1, 4), {"relation": run.name, "method": method, "data": "d", "backbone": "b"}
+            prompt = SavedPrompt(vectors=vectors, template="[X] [Y]", fingerprint="f", **about)
+            prompt.save(prompt_file(run, method, run.name))
+    merge_runs(parts, tmp_path / "all")
+    for method in ("p-tuning", "best", "in-context", "best-manual", "manual"):
+        prompts = load_prompts(tmp_path / "all", method)
+        assert {name: prompt.method for name, prompt in prompts.items()} == {"P30": method, "P36": method}
 
 
 def test_other_precision_is_refused(part, tmp_path):
