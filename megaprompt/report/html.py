@@ -35,6 +35,7 @@ from megaprompt.report.runs import Run, Scoring, backbone_name, known, percent, 
 from megaprompt.report.table2 import AVERAGES, Table2, join
 from megaprompt.report.table2_formats import HEADINGS, as_csv, latex, legend, lines_of, markdown, relation_text
 from megaprompt.report.tables import data_and_vocabulary, has_gain, lead_of, methods_in_order, notes_of, rows_of
+from megaprompt.report.wordings import notes_of_answers, write_entry
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -63,19 +64,23 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         backbone_name=backbone_name,
         controls=control_sections(table),
         about=data_and_vocabulary(results),
-        notes=notes_of(results),
+        notes=[*notes_of(results), *notes_of_answers(results)],
         methods=methods_in_order(results["methods"]),
         relations=relations,
         averages=averages,
         types=types,
+        ways=list(dict.fromkeys(way for about in abouts for way in about.get("usable", {}))),
         reasons=list(dict.fromkeys(reason for about in abouts for reason in about["left_out"])),
-        total=sum((Counter(about["facts"] | about["left_out"]) for about in abouts), Counter()),
+        total=sum(
+            (Counter(about["facts"] | about.get("usable", {}) | about["left_out"]) for about in abouts), Counter()
+        ),
         smallest=min((row for row in relations if row.items), key=lambda row: row.items, default=None),
         comparisons=compare(table.rows, table.relations),
         choices=choices_of(results),
         circumstances=_circumstances(results),
     )
     write_tables(table, out)
+    write_entry(results, out)
     return page
 
 

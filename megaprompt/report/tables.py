@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megaprompt.report.runs import Scoring, as_schema_2, backbone_name, divergence, known, percent, plural, points
+from megaprompt.report.wordings import notes_of_answers
 
 WRITTEN = ("majority", "manual", "best-manual", "in-context", "lpaqa", "e-bert")
 SEARCHED = ("autoprompt", "fine-tuning", "manual+fine-tuning", "p-tuning", "best")
@@ -206,7 +207,7 @@ def summary_table(results: Mapping[str, Any]) -> Table:
         words = (row.heading, row.label if i < len(relations) else "", row.type, str(row.items))
         scores = [Text(row.text(method), "bold" if row.best(method) else "") for method in row.cells]
         table.add_row(*map(Text, words), *scores, *([Text(row.gain())] if gain else []))
-    if notes := notes_of(results):
+    if notes := [*notes_of(results), *notes_of_answers(results)]:
         table.caption = Text("\n".join(notes), justify="left")
     return table
 

@@ -8,6 +8,7 @@ results = probe(ProbeConfig(relations=("P36", "P30"), out=Path("runs/two")))
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -200,6 +201,7 @@ def new_results(
             "name": backbone.name,
             "fingerprint": backbone.fingerprint,
             "dtype": _name(backbone),
+            "causal": backbone.causal,
             "hidden_size": backbone.hidden_size,
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters()),
             **({} if backbone.random_weights is None else {"control": "random-weights"}),
@@ -228,4 +230,5 @@ def _describe(task: Task) -> dict[str, Any]:
         "facts": {split: len(task.examples[split]) for split in SPLITS},
         "left_out": dict(task.left_out),
         "usable": dict(task.usable),
+        "balanced": len(set(Counter(example.answer for example in task.examples["test"]).values())) == 1,
     }

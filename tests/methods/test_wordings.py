@@ -43,6 +43,14 @@ def test_each_wording_their_mean_and_the_best_on_dev(run):
         assert best["dev_p_at_1"] == max(row["dev_p_at_1"] for row in rows)
     micro = [methods[column]["micro"]["p_at_1"] for column in each]
     assert methods[MEAN]["micro"]["p_at_1"] == pytest.approx(statistics.fmean(micro))
+    entry = json.loads((out / "leaderboard_entry.json").read_text())
+    assert entry["accuracy"]["mean"] == pytest.approx(statistics.fmean(micro))
+    assert entry["accuracy"]["sem"] == pytest.approx(statistics.stdev(micro) / 3**0.5)
+    assert (entry["model_type"], entry["num_params"]) == ("CLM", results["backbone"]["parameters"])
+    page = (out / "report.html").read_text()
+    assert "3 manual wordings: P@1" in page
+    assert "In 2 of 2 relations, every answer of test is right equally often" in page
+    assert "can be asked by candidates" in page
     usable = results["data"]["relations"]["P36"]["usable"]
     assert usable["token"] < usable["candidates"] == len(CAPITALS)
     lines = [json.loads(line) for line in (out / "predictions" / "P36.jsonl").read_text().splitlines()]
