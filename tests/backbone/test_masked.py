@@ -311,9 +311,9 @@ def taught(tmp_path_factory) -> Path:
     )  # fmt: skip
     model = BertForMaskedLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    for step in range(500):
+    for step in range(1000):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min((step + 1) / 50, (500 - step) / 450)
+            group["lr"] = 2e-3 * min((step + 1) / 50, (1000 - step) / 950)
         batch = torch.randint(len(ids), (64,))
         model(input_ids=ids[batch], attention_mask=(ids[batch] != 0).long(), labels=labels[batch]).loss.backward()
         optimizer.step()
