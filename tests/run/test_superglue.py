@@ -173,16 +173,16 @@ def test_the_majority_of_train_that_was_chosen_is_that_of_dev(superglue, tmp_pat
 def test_two_ranks_and_groups_say_the_same(model, tmp_path):
     """With the model sharded, and a group of ranks for WSC, whose answers take more rounds than the others have."""
     data = write_superglue(tmp_path / "data")
-    options = ("--backbone", model, "--data", data, *QUICK, "--tasks", "cb,copa,multirc,wsc", "--dtype", "float32")
+    options = ("--backbone", model, "--data", data, *QUICK, "--tasks", "copa,wsc", "--dtype", "float32")
     options += ("--methods", "manual,p-tuning,manual+fine-tuning")
     runs = {1: tmp_path / "one", 2: tmp_path / "two"}
-    finished = run_cli("superglue", *options, "--out", runs[1])
+    finished = run_cli("superglue", *options, "--out", runs[1], timeout=900)
     assert finished.returncode == 0, finished.stderr
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     groups = ("--deepspeed", "zero3", "--relation-groups", "2")
-    finished = run_cli("superglue", *options, *groups, "--out", runs[2], launcher=launcher)
+    finished = run_cli("superglue", *options, *groups, "--out", runs[2], launcher=launcher, timeout=900)
     assert finished.returncode == 0, finished.stderr
-    for task in ("CB", "COPA", "MultiRC", "WSC"):
+    for task in ("COPA", "WSC"):
         one, two = (read_lines(run / "predictions" / f"{task}.jsonl") for run in runs.values())
         assert len(one) == len(two)
         for line, other in zip(one, two, strict=True):
