@@ -105,7 +105,7 @@ def all_commands(of: App = app, chain: tuple[str, ...] = ()) -> dict[tuple[str, 
 ENOUGH = {
     ("evaluate",): ["--prompts", "x"], ("ask",): ["x", "--prompts", "x"], ("report",): ["x"], ("status",): ["x"],
     ("plan",): ["x"], ("convert",): ["x", "x"], ("data", "fetch"): ["lama"],
-    ("data", "vocabulary"): ["--backbones", "x", "--out", "x"],
+    ("data", "vocabulary"): ["--backbones", "x", "--out", "x"], ("superglue",): ["--data", "x"],
 }  # fmt: skip
 """The least that a command needs."""
 
