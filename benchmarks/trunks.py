@@ -37,8 +37,8 @@ from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.recipe import RECIPES
 from megaprompt.prompting.template import Template
 from megaprompt.tasks.lama.facts import load_data
-from megaprompt.tasks.lama.questions import lama_tasks, load_vocabulary
-from megaprompt.tasks.task import Example, Instance, Task
+from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary
+from megaprompt.tasks.task import Task
 
 WAYS = {
     "whole": PassSize(trunks=False),
@@ -46,19 +46,6 @@ WAYS = {
     "tails": PassSize(),
 }
 STEPS = 4  # of training in each round
-
-
-def demonstrations(task: Task, count: int) -> str:
-    """Training facts in the manual wording, one a line."""
-    assert task.manual is not None
-    facts = task.examples["train"][:count]
-    return "".join(task.manual.replace("[X]", fact.fields["X"]).replace("[Y]", fact.answer) + "\n" for fact in facts)
-
-
-def asked(task: Task, template: Template, examples: Sequence[Example], before: str) -> list[Instance]:
-    return [
-        Instance((template.render(example.fields, task.encoder, before=before),), example.gold) for example in examples
-    ]
 
 
 def evaluate(backbone: Backbone, size: PassSize, questions: Sequence[Questions]) -> tuple[float, int, list[int]]:
@@ -75,11 +62,12 @@ def evaluate(backbone: Backbone, size: PassSize, questions: Sequence[Questions])
 
 def measure(backbone: Backbone, tasks: Sequence[Task], count: int, rounds: int) -> dict[str, object]:
     template = Template.parse("<3>[X]<3>[Y]")
-    questions, data = [], []
+    questions, data, lengths = [], [], {}
     for task in tasks:
-        facts = demonstrations(task, count)
-        questions.append(Questions(asked(task, task.manual_template, task.examples["test"], facts), task.objective))
-        train = asked(task, template, task.examples["train"][count:], facts)
+        facts = task.demonstrations(task.examples["train"][:count])
+        lengths[task.name] = len(task.encoder.encode(facts, True))
+        questions.append(Questions(task.instances("test", task.manual_template, facts), task.objective))
+        train = task.instances("train", template, facts)[count:]
         data.append(TrainingSet(task.name, task.objective, template.num_pseudo_tokens, train, train[:1]))
     trainers = {way: Trainer(backbone, data, RECIPES["fast"], size=size, world=World()) for way, size in WAYS.items()}
     seconds: dict[str, list[float]] = {}
@@ -107,9 +95,8 @@ def measure(backbone: Backbone, tasks: Sequence[Task], count: int, rounds: int) 
             else:
                 tokens[f"training, {way}, once"] = counts["trunk_tokens"]
     medians = {name: statistics.median(each) for name, each in seconds.items()}
-    lengths = [len(task.encoder.encode(demonstrations(task, count), True)) for task in tasks]
     return {
-        "tokens of the demonstrations": dict(zip((task.name for task in tasks), lengths, strict=True)),
+        "tokens of the demonstrations": lengths,
         "test facts": sum(len(each.instances) for each in questions),
         "seconds": {name: round(value, 3) for name, value in medians.items()},
         "tokens": {name: round(value) for name, value in tokens.items() if value},
@@ -139,9 +126,8 @@ def main() -> None:
     backbone = load_backbone(args.backbone)
     data = load_data("world")
     everything = load_vocabulary("none", data, backbone.tokenization)
-    tasks = lama_tasks(
-        data, backbone, everything, names=args.relations.split(","), splits=("train", "test"), limit=args.facts, seed=0
-    )
+    about = {"names": args.relations.split(","), "splits": ("train", "test"), "limit": args.facts, "seed": 0}
+    tasks = lama_tasks(data, backbone, AskFor(everything), **about)
     report: dict[str, object] = {"backbone": args.backbone, "threads": torch.get_num_threads(), "rounds": args.rounds}
     for count in map(int, args.demonstrations.split(",")):
         report[f"{count} demonstrations"] = measure(backbone, list(tasks.values()), count, args.rounds)

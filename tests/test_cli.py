@@ -17,7 +17,7 @@ from megaprompt.distributed.world import World
 from megaprompt.errors import UsageError
 from megaprompt.run.checkpoints import load_checkpoint
 from megaprompt.run.saved_prompts import SavedPrompt, load_prompts
-from tests.conftest import make_model, run_cli, write_facts
+from tests.conftest import make_model, write_facts
 
 QUICK = ("--learning-rate", "0.03", "--max-epochs", "3")
 
@@ -259,12 +259,14 @@ def test_fingerprint_survives_half_precision(make_backbone):
 
 
 def test_interrupted_run_resumes_to_the_same_result(backbone_directory, data_directory, tmp_path):
-    """Ctrl-C in the middle of training, for real; then --resume without any other option."""
-    options = ["--backbone", backbone_directory, "--data", data_directory, "--learning-rate", 0.01, "--max-epochs", 200]
-    options += ["--patience", 200]
+    """Ctrl-C in the middle of training, in a process of its own; then --resume without any other option."""
+    from megaprompt.cli import main
+
+    options = ["--backbone", str(backbone_directory), "--data", str(data_directory), "--learning-rate", "0.01"]
+    options += ["--max-epochs", "200", "--patience", "200"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run_cli("probe", *options, "--out", whole).returncode == 0
-    command = [sys.executable, "-m", "megaprompt", "probe", *map(str, options), "--out", str(broken)]
+    assert main(["probe", *options, "--out", str(whole)]) == 0
+    command = [sys.executable, "-m", "megaprompt", "probe", *options, "--out", str(broken)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while not (broken / "log.jsonl").exists() and time.monotonic() < deadline:
@@ -277,8 +279,7 @@ def test_interrupted_run_resumes_to_the_same_result(backbone_directory, data_dir
     assert not json.loads((broken / "results.json").read_text())["complete"]
     assert load_checkpoint(broken / "state", World()).step > 0
 
-    resumed = run_cli("probe", "--out", broken, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    assert main(["probe", "--out", str(broken), "--resume"]) == 0
     results = [json.loads((run / "results.json").read_text()) for run in (whole, broken)]
     assert results[0]["methods"] == results[1]["methods"]
     prompts = [load_prompts(run) for run in (whole, broken)]

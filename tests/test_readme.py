@@ -212,7 +212,8 @@ def place(tokenizer, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         for name, backbone in (("x", "gpt2-xl"), ("bert", "bert-base-cased")):
-            assert main(["probe", "--backbone", backbone, "--data", "path/to/lama", "--out", f"runs/{name}"]) == 0
+            options = ["--backbone", backbone, "--data", "path/to/lama", "--max-steps", "25", "--out", f"runs/{name}"]
+            assert main(["probe", *options]) == 0
         for name in ("probe", "gpt2"):
             shutil.copytree("runs/x", f"runs/{name}")
     return place
