@@ -13,11 +13,11 @@ BIN    := .venv/bin
 probe: venv
 	$(BIN)/megaprompt probe --max-steps 50 --out $(OUT)
 
-test: venv tools fairseq lm-pub-quiz
-	$(BIN)/python -m pytest
+test: test-fast tools fairseq lm-pub-quiz
+	$(BIN)/python -m pytest -m slow
 
 test-fast: venv
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-gpu: venv
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -rs tests/gpu
