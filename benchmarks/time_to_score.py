@@ -98,11 +98,7 @@ def ours(backbone: Backbone, tasks: dict[str, Task], size: PassSize, best: bool)
             curves[name].points.append((time.perf_counter() - start, first.dev["p_at_1"]))
             shown = first.wording.shown
         chosen[name] = candidates(task, paper, shown, 4 if best else 1)
-    data = [
-        one.training_set(tasks[name], recipe, "lstm", stays=one.name == PAPER)
-        for name, those in chosen.items()
-        for one in those
-    ]
+    data = [one.training_set(tasks[name]) for name, those in chosen.items() for one in those]
     rungs = rungs_of(recipe, 4) if best else {}
     world = World(device=backbone.device)
     trainer = Trainer(backbone, data, recipe, size=size, world=world, rungs=rungs)

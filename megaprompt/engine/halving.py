@@ -48,7 +48,6 @@ class Halving:
     def _weaker(self, task: str, most: int) -> Iterable[str]:
         names = [name for name, each in self.data.items() if each.task == task]
         first = self.data[names[0]]
-        deciding = first.objective.deciding(len(first.dev))
         scored = [name for name in names if name in self.best]
-        scored.sort(key=lambda name: [-self.best[name][each] for each in deciding])  # stable
+        scored.sort(key=lambda name: first.objective.evidence(self.best[name], len(first.dev)), reverse=True)  # stable
         return (name for name in names if name not in scored[:most] and not self.data[name].stays)

@@ -2,7 +2,7 @@
 
 The initial weights and the order of the data depend on (seed, task, epoch) only, so that a task is learned as it would
 be alone, whatever is learned beside it, and on any number of ranks. Several candidates of one task, which are learned
-to take the best, differ in template, start, encoder or recipe, and in nothing else.
+to take the best, differ in template, start or recipe, and in nothing else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ class TrainingSet:
         vectors: [pseudo tokens, hidden size] to start with.
         candidate: its name, if the task has several.
         recipe: another than that of all.
-        encoder: another kind than that of all.
         stays: whether it goes on to its end however it compares with the other candidates.
 
     Raises:
@@ -49,7 +48,6 @@ class TrainingSet:
     vectors: Tensor | None = field(default=None, repr=False)
     candidate: str = ""
     recipe: Recipe | None = None
-    encoder: EncoderKind | None = None
     stays: bool = True
 
     @property
@@ -91,7 +89,7 @@ class Learner:
         encoder: EncoderKind,
         loss_scale: LossScale,
     ) -> None:
-        recipe, encoder = data.recipe or recipe, data.encoder or encoder
+        recipe = data.recipe or recipe
         self.data, self.recipe, self.seed, self.loss_scale = data, recipe, seed, loss_scale
         self.skipped = 0  # steps whose gradients overflowed
         self.epoch = 0  # finished epochs

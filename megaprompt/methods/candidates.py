@@ -37,16 +37,15 @@ class Candidate:
 
     def before(self, task: Task) -> str:
         """The text of the demonstrations."""
-        return task.demonstrations([task.examples["train"][i] for i in self.shown])
+        return task.shown(self.shown)
 
-    def training_set(self, task: Task, recipe: Recipe, encoder: EncoderKind, *, stays: bool) -> TrainingSet:
+    def training_set(self, task: Task) -> TrainingSet:
         """What it is learned from.
 
         Raises:
             MegapromptError: there are no examples.
         """
         before = self.before(task)
-
         asked = task.training_instances(self.template, before)
         train = [one for i, one in enumerate(asked) if i not in self.shown]
         return TrainingSet(
@@ -57,9 +56,7 @@ class Candidate:
             task.instances("dev", self.template, before),
             self.vectors,
             candidate="" if self.name == PAPER else self.name,
-            recipe=recipe,
-            encoder=encoder,
-            stays=stays,
+            stays=self.name == PAPER,
         )
 
 
@@ -70,14 +67,12 @@ def candidates(task: Task, paper: Candidate, shown: Sequence[int], most: int) ->
         paper: P-tuning's own.
         shown: demonstrations that are good on dev, by their places in train; maybe none.
     """
-
-    behind = f"behind-{len(shown)}"
-    found = [paper]
-    anchors = None if task.manual is None else Candidate("anchors", task.manual_template.with_anchors())
-    if shown:
-        alone = (anchors, paper) if anchors is not None else (paper,)
-        found += [dataclasses.replace(each, name=f"{each.name}-{behind}", shown=tuple(shown)) for each in alone]
-    return [*found, *([anchors] if anchors is not None else [])][:most]
+    anchors = [] if task.manual is None else [Candidate("anchors", task.manual_template.with_anchors())]
+    behind = [
+        dataclasses.replace(each, name=f"{each.name}-behind-{len(shown)}", shown=tuple(shown))
+        for each in ((*anchors, paper) if shown else ())
+    ]
+    return [paper, *behind, *anchors][:most]
 
 
 def how_many_fit(backbone: Backbone, encoder: EncoderKind, pseudo_tokens: int, tasks: int) -> int:

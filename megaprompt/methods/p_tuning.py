@@ -96,12 +96,9 @@ class PTuning:
         of_task, recipe, tasks = self._candidates(context), self.recipe, _as_learned(context)
         trainer = Trainer(
             context.backbone,
-            [
-                one.training_set(tasks[name], recipe, self.encoder, stays=one.name == PAPER)
-                for name, those in of_task.items()
-                for one in those
-            ],
+            [one.training_set(tasks[name]) for name, those in of_task.items() for one in those],
             recipe,
+            encoder=self.encoder,
             seed=context.seed,
             size=context.size,
             world=context.world,
@@ -153,12 +150,11 @@ def _best(context: Context, task: Task, learned: Sequence[tuple[Candidate, Learn
     untrained = {name: rows[task.name] for name in UNTRAINED if (rows := context.rows(name))}
     tried: dict[str, dict[str, Any]] = {name: dict(row["dev"]) for name, row in untrained.items()}
     tried |= {one.name: dict(what.dev) for one, what in learned if what.kept is not None}
-    deciding = task.objective.deciding(len(task.examples["dev"]))
-    chosen = max(tried, key=lambda name: [tried[name][metric] for metric in deciding])
+    chosen = max(tried, key=lambda name: task.objective.evidence(tried[name], len(task.examples["dev"])))
     if chosen in untrained:
         row = untrained[chosen]
         template = task.template(row["template"])
-        before = task.demonstrations([task.examples["train"][i] for i in row.get("shown", ())])
+        before = task.shown(row.get("shown", ()))
         context.save_prompt("best", task, template, row["dev"], before=before)
         scored = Scored(context.row(task, template, row["dev"]), context.answer(task, template, "test", before=before))
     elif chosen == PAPER:

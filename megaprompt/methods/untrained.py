@@ -34,7 +34,7 @@ class Wording:
 
     def before(self, task: Task) -> str:
         """The text of the demonstrations."""
-        return task.demonstrations([task.examples["train"][i] for i in self.shown])
+        return task.shown(self.shown)
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,13 @@ def choose(context: Context, task: Task, wordings: Sequence[Wording]) -> list[Tr
             found[id(each)] = new if old is None else {name: torch.cat([old[name], new[name]]) for name in new}
         done = until
         tried = [Tried(each, objective.measure(found[id(each)], examples[:done]), done) for each in left]
-        ranking = sorted(range(len(left)), key=lambda place: _evidence(task, tried[place]), reverse=True)  # stable
+        tried.sort(key=lambda each: objective.evidence(each.dev, each.examples), reverse=True)  # stable
         if done == total:
-            return [tried[place] for place in ranking] + dropped
+            return tried + dropped
         keep = max(1, len(left) // 2)
-        dropped = [tried[place] for place in ranking[keep:]] + dropped
-        left = [left[place] for place in ranking[:keep]]
+        dropped = tried[keep:] + dropped
+        left = [each.wording for each in tried[:keep]]
         until = total if keep == 1 else min(total, 2 * done)
-
-
-def _evidence(task: Task, tried: Tried) -> list[float]:
-    return [tried.dev[name] for name in task.objective.deciding(tried.examples)]
 
 
 def readable(context: Context, task: Task, wordings: Sequence[Wording]) -> list[Wording]:
@@ -112,7 +108,7 @@ def readable(context: Context, task: Task, wordings: Sequence[Wording]) -> list[
     one = task.examples["test"][0]
 
     def added(wording: Wording) -> int:
-        asked = (task.instance(one, wording.template, before) for before in (wording.before(task), ""))
-        return longest([next(asked)]) - longest([next(asked)])
+        behind, alone = (task.instance(one, wording.template, before) for before in (wording.before(task), ""))
+        return longest([behind]) - longest([alone])
 
     return [wording for wording in wordings if lengths[wording.template] + added(wording) <= most]

@@ -129,6 +129,10 @@ class Objective(ABC):
         """`selects`, in the order in which they choose on so many dev examples."""
         return self.selects if examples >= self.few else self.selects[::-1]
 
+    def evidence(self, scores: Mapping[str, float], examples: int) -> list[float]:
+        """By what scores on so many dev examples are compared; the larger is the better."""
+        return [scores[name] for name in self.deciding(examples)]
+
     def majority(self, train: Sequence[Example], examples: Sequence[Example]) -> dict[str, float | None]:
         """The metrics of always giving the answer that is most frequent in train; None where that says nothing."""
         counts = Counter(example.gold for example in train)

@@ -149,6 +149,10 @@ class Task:
         """
         return "".join(f"{self.manual_template.fill(each.fields, each.answer)}\n" for each in examples)
 
+    def shown(self, places: Sequence[int]) -> str:
+        """The demonstrations that stand in these places of train."""
+        return self.demonstrations([self.examples["train"][i] for i in places])
+
     def most_tokens(self, before: str) -> int | None:
         """Of a query behind some text; None if there is no limit."""
         if self.max_tokens is None:
