@@ -1,12 +1,13 @@
 """Several candidates of one task: the weaker ones on dev are dropped on the way (successive halving, arXiv 1502.07943).
 
-All ranks know the scores of all candidates and decide alike, so candidates of a task may be in different groups.
+A candidate that is learned several times, on folds of the data, is compared by its scores on all of them. All ranks
+know the scores of all candidates and decide alike, so candidates of a task may be in different groups.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +46,21 @@ class Halving:
         tasks = dict.fromkeys(each.task for each in self.data.values())
         return [name for task in tasks for name in self._weaker(task, self.rungs[step]) if name not in stopped]
 
-    def _weaker(self, task: str, most: int) -> Iterable[str]:
-        names = [name for name, each in self.data.items() if each.task == task]
-        first = self.data[names[0]]
-        scored = [name for name in names if name in self.best]
-        scored.sort(key=lambda name: first.objective.evidence(self.best[name], len(first.dev)), reverse=True)  # stable
-        return (name for name in names if name not in scored[:most] and not self.data[name].stays)
+    def _weaker(self, task: str, most: int) -> list[str]:
+        contenders: dict[str, list[TrainingSet]] = {}
+        for each in self.data.values():
+            if each.task == task:
+                contenders.setdefault(each.contender or each.candidate, []).append(each)
+        evidence = {}
+        for contender, sets in contenders.items():
+            if known := [(self.best[each.name], len(each.dev)) for each in sets if each.name in self.best]:
+                evidence[contender] = sets[0].objective.evidence(*pooled(known))
+        strong = sorted(evidence, key=lambda contender: evidence[contender], reverse=True)[:most]  # stable
+        out = [each for contender, sets in contenders.items() if contender not in strong for each in sets]
+        return [each.name for each in out if not each.stays]
+
+
+def pooled(scores: Sequence[tuple[Mapping[str, float], int]]) -> tuple[dict[str, float], int]:
+    """Scores on parts of some size as scores on all of them together, and the size of all."""
+    size = sum(part for _, part in scores)
+    return {name: sum(each[name] * part for each, part in scores) / size for name in scores[0][0]}, size

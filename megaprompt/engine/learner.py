@@ -33,6 +33,7 @@ class TrainingSet:
     Args:
         vectors: [pseudo tokens, hidden size] to start with.
         candidate: its name, if the task has several.
+        contender: what competes with others of the task, the candidate if empty; those of one are compared together.
         recipe: another than that of all.
         stays: whether it goes on to its end however it compares with the other candidates.
 
@@ -47,6 +48,7 @@ class TrainingSet:
     dev: Sequence[Instance] = field(repr=False)
     vectors: Tensor | None = field(default=None, repr=False)
     candidate: str = ""
+    contender: str = ""
     recipe: Recipe | None = None
     stays: bool = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -15,10 +15,37 @@ from megaprompt.engine.learner import TrainingSet
 from megaprompt.prompting.prompt_encoder import EncoderKind, PromptEncoder
 from megaprompt.prompting.recipe import Recipe
 from megaprompt.prompting.template import Template
-from megaprompt.tasks.task import Task
+from megaprompt.tasks.task import Example, Task
 
 PAPER = "paper"
 """The candidate that is P-tuning as the paper has it."""
+_FOLDS = 3  # of train, each held out once
+
+
+def without(task: Task, shown: Collection[int]) -> list[Example]:
+    """The training examples that are not shown as demonstrations."""
+    return [example for i, example in enumerate(task.examples["train"]) if i not in shown]
+
+
+def has_folds(task: Task) -> bool:
+    """Whether candidates are compared on folds of train as well: dev has too few examples to choose with, and train
+    enough to be divided."""
+    return len(task.examples["dev"]) < task.objective.few and len(task.examples["train"]) >= 4 * _FOLDS
+
+
+def folds_of(task: Task, shown: Collection[int]) -> list[Task]:
+    """The task with train and dev divided anew, so that every example of both is in one dev: for cross-validation.
+
+    None where dev alone is enough (see `has_folds`).
+    """
+    train, dev = without(task, shown), task.examples["dev"]
+    if not has_folds(task):
+        return []
+    parts = [[*(e for i, e in enumerate(train) if i % _FOLDS != k), *dev] for k in range(_FOLDS)]
+    return [
+        dataclasses.replace(task, examples={**task.examples, "train": part, "dev": train[k::_FOLDS]})
+        for k, part in enumerate(parts)
+    ]
 
 
 @dataclass(frozen=True)
@@ -39,24 +66,29 @@ class Candidate:
         """The text of the demonstrations."""
         return task.shown(self.shown)
 
-    def training_set(self, task: Task) -> TrainingSet:
-        """What it is learned from.
+    def training_sets(self, task: Task, with_folds: bool) -> list[TrainingSet]:
+        """What it is learned from; those behind the first one are folds for cross-validation, where dev has too few
+        examples to compare candidates with.
 
         Raises:
             MegapromptError: there are no examples.
         """
-        before = self.before(task)
-        asked = task.training_instances(self.template, before)
-        train = [one for i, one in enumerate(asked) if i not in self.shown]
+        first = dataclasses.replace(task, examples={**task.examples, "train": without(task, self.shown)})
+        folds = folds_of(task, self.shown) if with_folds else []
+        return [self._training_set(each, self.before(task), fold) for fold, each in enumerate([first, *folds])]
+
+    def _training_set(self, task: Task, before: str, fold: int) -> TrainingSet:
+        name = "" if self.name == PAPER else self.name
         return TrainingSet(
             task.name,
             task.objective,
             self.template.num_pseudo_tokens,
-            train,
+            task.training_instances(self.template, before),
             task.instances("dev", self.template, before),
             self.vectors,
-            candidate="" if self.name == PAPER else self.name,
-            stays=self.name == PAPER,
+            candidate=f"{self.name}-fold-{fold}" if fold else name,
+            contender=self.name,
+            stays=self.name == PAPER and not fold,
         )
 
 
@@ -75,16 +107,16 @@ def candidates(task: Task, paper: Candidate, shown: Sequence[int], most: int) ->
     return [paper, *behind, *anchors][:most]
 
 
-def how_many_fit(backbone: Backbone, encoder: EncoderKind, pseudo_tokens: int, tasks: int) -> int:
-    """For how many candidates of so many tasks the encoders, with gradients and Adam, fit into half of the free memory.
+def how_many_fit(backbone: Backbone, encoder: EncoderKind, pseudo_tokens: int, sets: int) -> int:
+    """For how many candidates with so many training sets all encoders fit into half of the free memory.
 
-    At least one. (16 bytes for each parameter: at 11B, an LSTM encoder takes 2.1 GB.)
+    At least one. (With gradients and Adam, 16 bytes for each parameter: at 11B, an LSTM encoder takes 2.1 GB.)
     """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in PromptEncoder(pseudo_tokens, backbone.hidden_size, encoder).parameters())
     cuda = backbone.device.type == "cuda"
     free = torch.cuda.mem_get_info(backbone.device)[0] if cuda else psutil.virtual_memory().available
-    return max(1, int(free / 2 / (16 * parameters * tasks)))
+    return max(1, int(free / 2 / (16 * parameters * sets)))
 
 
 def rungs_of(recipe: Recipe, most: int) -> dict[int, int]:

@@ -6,16 +6,27 @@ in the same passes, and takes for each task what is best on dev among them and t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megaprompt.engine.learner import Learned
+from megaprompt.engine.halving import pooled
+from megaprompt.engine.learner import Learned, TrainingSet
 from megaprompt.engine.trainer import Trainer
 from megaprompt.errors import MegapromptError
-from megaprompt.methods.candidates import PAPER, Candidate, candidates, how_many_fit, rungs_of
+from megaprompt.methods.candidates import (
+    PAPER,
+    Candidate,
+    candidates,
+    folds_of,
+    has_folds,
+    how_many_fit,
+    rungs_of,
+    without,
+)
 from megaprompt.methods.method import Context, Scored, ShouldStop
 from megaprompt.methods.untrained import drawn
 from megaprompt.prompting.prompt_encoder import EncoderKind
@@ -81,8 +92,8 @@ class PTuning:
 
         def fitting() -> int:
             pseudo_tokens = max(one.template.num_pseudo_tokens for one in paper.values())
-            tasks = -(-len(paper) // self.groups)
-            fit = how_many_fit(context.backbone, self.encoder, pseudo_tokens, tasks)
+            sets = sum(1 + len(folds_of(task, ())) for task in _as_learned(context).values())
+            fit = how_many_fit(context.backbone, self.encoder, pseudo_tokens, -(-sets // self.groups))
             return min(_MOST, -int(context.world.max_(torch.tensor(-fit), "schedule")))
 
         most = context.once("candidates", lambda: self.most or fitting())
@@ -94,9 +105,13 @@ class PTuning:
 
     def run(self, context: Context) -> None:
         of_task, recipe, tasks = self._candidates(context), self.recipe, _as_learned(context)
+        sets = {
+            name: [one.training_sets(tasks[name], with_folds=self.best) for one in those]
+            for name, those in of_task.items()
+        }
         trainer = Trainer(
             context.backbone,
-            [one.training_set(tasks[name]) for name, those in of_task.items() for one in those],
+            [each for those in sets.values() for of_candidate in those for each in of_candidate],
             recipe,
             encoder=self.encoder,
             seed=context.seed,
@@ -106,16 +121,19 @@ class PTuning:
             loss_scale=context.loss_scale,
             rungs=rungs_of(recipe, max(map(len, of_task.values()))),
         )
-        found = iter(context.train("p-tuning", trainer).values())  # in the order of the candidates
-        learned = {name: [(one, next(found)) for one in those] for name, those in of_task.items()}
-        if all(what.kept is None for those in learned.values() for _, what in those):
-            name, [(_, first), *_] = next(iter(learned.items()))
-            reason = (first.diverged or {}).get("reason", "there were no epochs")
+        found = context.train("p-tuning", trainer)
+        learned = {
+            name: [_Tried.of(one, those, found) for one, those in zip(of_task[name], sets[name], strict=True)]
+            for name in of_task
+        }
+        if all(each.what.kept is None for those in learned.values() for each in those):
+            name, [first, *_] = next(iter(learned.items()))
+            reason = (first.what.diverged or {}).get("reason", "there were no epochs")
             raise MegapromptError(f"nothing was learned of any relation; {name}: {reason}")
 
         def score(task: Task, _: ShouldStop) -> dict[str, Scored]:
             task = tasks[task.name]
-            scored = {"p-tuning": _score(context, "p-tuning", task, *learned[task.name][0])}
+            scored = {"p-tuning": _score(context, "p-tuning", task, learned[task.name][0])}
             if self.best:
                 scored["best"] = _best(context, task, learned[task.name], scored["p-tuning"])
             return scored
@@ -135,8 +153,24 @@ def _shown(context: Context, task: Task, row: Mapping[str, Any]) -> tuple[int, .
     return ()
 
 
-def _score(context: Context, method: str, task: Task, candidate: Candidate, learned: Learned) -> Scored:
+@dataclass(frozen=True)
+class _Tried:
+    """A candidate that was learned, and the scores by which it is compared with others: on dev, and on all folds."""
+
+    candidate: Candidate
+    what: Learned
+    scores: Mapping[str, float]
+    examples: int
+
+    @classmethod
+    def of(cls, candidate: Candidate, sets: Sequence[TrainingSet], found: Mapping[str, Learned]) -> _Tried:
+        known = [(one.dev, len(each.dev)) for each in sets if (one := found[each.name]).kept is not None]
+        return cls(candidate, found[sets[0].name], *(pooled(known) if known else ({}, 0)))
+
+
+def _score(context: Context, method: str, task: Task, tried: _Tried) -> Scored:
     """Save and score what was learned."""
+    candidate, learned = tried.candidate, tried.what
     row = context.row(task, candidate.template, learned.dev, epochs=learned.epochs, diverged=learned.diverged)
     if learned.kept is None:
         return Scored(row, None)
@@ -145,12 +179,12 @@ def _score(context: Context, method: str, task: Task, candidate: Candidate, lear
     return Scored(row, context.answer(task, candidate.template, "test", learned.kept, before))
 
 
-def _best(context: Context, task: Task, learned: Sequence[tuple[Candidate, Learned]], paper: Scored) -> Scored:
+def _best(context: Context, task: Task, learned: Sequence[_Tried], paper: Scored) -> Scored:
     """The best on dev of everything that was tried; among equals, what needs no training."""
     untrained = {name: rows[task.name] for name in UNTRAINED if (rows := context.rows(name))}
-    tried: dict[str, dict[str, Any]] = {name: dict(row["dev"]) for name, row in untrained.items()}
-    tried |= {one.name: dict(what.dev) for one, what in learned if what.kept is not None}
-    chosen = max(tried, key=lambda name: task.objective.evidence(tried[name], len(task.examples["dev"])))
+    tried = {name: _on_folds(context, task, row) for name, row in untrained.items()}
+    tried |= {each.candidate.name: (dict(each.scores), each.examples) for each in learned if each.what.kept is not None}
+    chosen = max(tried, key=lambda name: task.objective.evidence(*tried[name]))
     if chosen in untrained:
         row = untrained[chosen]
         template = task.template(row["template"])
@@ -158,12 +192,26 @@ def _best(context: Context, task: Task, learned: Sequence[tuple[Candidate, Learn
         context.save_prompt("best", task, template, row["dev"], before=before)
         scored = Scored(context.row(task, template, row["dev"]), context.answer(task, template, "test", before=before))
     elif chosen == PAPER:
-        candidate, what = learned[0]
+        candidate, what = learned[0].candidate, learned[0].what
         context.save_prompt("best", task, candidate.template, what.dev, kept=what.kept)
         scored = Scored(dict(paper.row), paper.answers)
     else:
-        scored = _score(context, "best", task, *next(each for each in learned if each[0].name == chosen))
-    dropped = {one.name: what.dropped for one, what in learned}
-    lines = [{"name": name, **dev, "dropped_after": dropped.get(name)} for name, dev in tried.items()]
+        scored = _score(context, "best", task, next(each for each in learned if each.candidate.name == chosen))
+    dropped = {each.candidate.name: each.what.dropped for each in learned}
+    lines = [
+        {"name": name, "dev_examples": examples, **scores, "dropped_after": dropped.get(name)}
+        for name, (scores, examples) in tried.items()
+    ]
     scored.row.update(chosen=chosen, tried=lines)
     return scored
+
+
+def _on_folds(context: Context, task: Task, row: Mapping[str, Any]) -> tuple[dict[str, float], int]:
+    """What a prompt without training scored on dev; also on train, which taught it nothing, where learned ones are
+    compared on folds of that."""
+    shown, scores = row.get("shown", ()), [(row["dev"], len(task.examples["dev"]))]
+    if has_folds(task) and (train := without(task, shown)):
+        held_out = dataclasses.replace(task, examples={**task.examples, "train": train})
+        answers = context.answer(held_out, task.template(row["template"]), "train", before=task.shown(shown))
+        scores.append((task.objective.measure(answers, train), len(train)))
+    return pooled(scores)

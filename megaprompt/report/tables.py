@@ -176,7 +176,8 @@ def note_on_few(results: Mapping[str, Any]) -> list[str]:
     few, selects = results["few"], results["selects"]
     note = f"{FEW.strip()} Fewer than {few} {scoring.items} in train or dev: {told}."
     if len(selects) > 1 and any(dev < few for _, dev in found.values()):
-        note += f" On so few in dev {scoring.metrics[selects[-1]]} chooses, not {scoring.metrics[selects[0]]}."
+        note += f" On so few in dev {scoring.metrics[selects[-1]]} chooses, not {scoring.metrics[selects[0]]}"
+        note += "; best is chosen by cross-validation over train and dev." if "best" in results["methods"] else "."
     return [note]
 
 

@@ -118,11 +118,11 @@ class _Checks:
         except OSError as error:
             raise MegapromptError(f"--out {config.out}: cannot write into {where} ({error.strerror})") from error
         needed = 0
-        for template in self.templates if self.hidden_size and "p-tuning" in config.methods else ():
+        for template in self.templates if self.hidden_size and {"p-tuning", "best"} & set(config.methods) else ():
             with torch.device("meta"):
                 encoder = PromptEncoder(template.num_pseudo_tokens, self.hidden_size, config.encoder)
             # Parameters and Adam's two averages, in single precision.
-            needed += _COPIES * 3 * 4 * sum(p.numel() for p in encoder.parameters())
+            needed += _COPIES * 3 * 4 * sum(p.numel() for p in encoder.parameters()) * _candidates(config)
         free = shutil.disk_usage(where).free
         about = f"{config.out}: {free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.1f} GB"
         if free < needed:
@@ -131,7 +131,8 @@ class _Checks:
 
     def memory(self) -> str:
         training: dict[str, Method] = {"p-tuning": "p-tuning", "fine-tuning": "fine-tuning"}
-        training |= {"manual+fine-tuning": "fine-tuning", "autoprompt": "p-tuning"}  # whose search needs no more
+        training |= {"manual+fine-tuning": "fine-tuning", "best": "p-tuning"}
+        training |= {"autoprompt": "p-tuning"}  # whose search needs no more
         lines = []
         for method in sorted({training[name] for name in self.config.methods if name in training}):
             found = _plan_here(self.config, method, self.templates)
@@ -149,6 +150,11 @@ class _Checks:
 
 def _is_login_node() -> bool:
     return bool(os.environ.get("MEGAPROMPT_LOGIN_NODE"))  # set by slurm/common.sh where it submits
+
+
+def _candidates(config: RunConfig) -> int:
+    """How many prompts of each task must be learned at once. (`best` takes more where they fit.)"""
+    return (getattr(config, "candidates", None) or 1) if "best" in config.methods else 1
 
 
 def _plan_here(config: RunConfig, method: Method, templates: Sequence[Template]) -> Plan:
@@ -175,7 +181,7 @@ def _plan_here(config: RunConfig, method: Method, templates: Sequence[Template])
             method=method,
             deepspeed=config.deepspeed,
             dtype=config.dtype or cast(Dtype, str(dtype_of(None, device)).removeprefix("torch.")),
-            relations=max(1, len(templates)),
+            relations=max(1, len(templates)) * _candidates(config),
             relation_groups=config.relation_groups,
             template=f"<{most}>[X][Y]",
             encoder=config.encoder,

@@ -10,7 +10,7 @@ from typing import Any
 
 from megaprompt.console import Update, progress
 from megaprompt.distributed.world import World
-from megaprompt.engine.learner import Learned
+from megaprompt.engine.learner import Learned, name_of
 from megaprompt.engine.trainer import Hooks, Trainer
 from megaprompt.run.checkpoints import load_checkpoint, save_checkpoint
 from megaprompt.run.directory import RunDirectory
@@ -125,7 +125,7 @@ class _Log:
         self.run.append_log(line)
         for name, value in line.items():
             if name == "train_loss" or name.startswith("dev_"):
-                self._board.add_scalar(f"{name}/{line['relation']}", value, line["step"])
+                self._board.add_scalar(f"{name}/{name_of(line)}", value, line["step"])
 
     def __enter__(self) -> _Log:
         return self

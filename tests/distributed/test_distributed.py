@@ -89,6 +89,7 @@ def test_same_prompts_on_any_number_of_ranks_and_groups(alone, tmp_path, ranks, 
 def test_the_same_is_chosen_on_ranks_and_groups(backbone_directory, data_directory, tmp_path):
     """Candidates of one relation are in different groups, and are dropped by what all ranks know."""
     options = ("--backbone", backbone_directory, "--data", data_directory, "--methods", "best", "--learning-rate", 3e-3)
+    options = (*options, "--max-steps", "50")
     assert run_cli("probe", *options, "--out", tmp_path / "one").returncode == 0
     finished = run_cli(
         "probe", *options, *ZERO3, "--relation-groups", "2", "--out", tmp_path / "two", launcher=torchrun(2)
@@ -103,7 +104,7 @@ def test_the_same_is_chosen_on_ranks_and_groups(backbone_directory, data_directo
             dropped = [[(each.get("name"), each.get("dropped_after")) for each in r["tried"]] for r in (row, other)]
             assert dropped[0] == dropped[1]
     steps = {each["dropped_after"] for row in one["best"]["relations"].values() for each in row["tried"]}
-    assert steps & {25, 50, 75}  # some were dropped
+    assert 25 in steps  # some were dropped
 
 
 def test_nvme_offload_gives_the_same_prompts(alone, tmp_path):

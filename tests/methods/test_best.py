@@ -10,11 +10,12 @@ from megaprompt.config import ProbeConfig
 from megaprompt.distributed.world import World
 from megaprompt.engine import trainer as trainer_module
 from megaprompt.engine.trainer import Hooks, Interrupted
-from megaprompt.methods.candidates import rungs_of
+from megaprompt.methods.candidates import folds_of, rungs_of
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.recipe import RECIPES, Recipe
 from megaprompt.run.job import probe
 from megaprompt.run.saved_prompts import load_prompts
+from megaprompt.tasks.task import Example, Task
 from tests.conftest import objective_of
 from tests.engine.test_trainer import training_set
 
@@ -112,13 +113,55 @@ def test_what_is_best_on_dev_is_chosen(options, tmp_path):
     assert "in-context" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_where_dev_is_small_candidates_are_compared_on_all_of_train_and_dev(options, tmp_path):
+    results = probe(options(tmp_path / "run", methods=("best",)))
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    for relation, row in results["methods"]["best"]["relations"].items():
+        facts = results["data"]["relations"][relation]["facts"]
+        for tried in row["tried"]:
+            behind = tried["name"].partition("-behind-")[2]
+            shown = int(behind or 0)
+            if tried["name"] == "in-context":
+                shown = len(results["methods"]["in-context"]["relations"][relation]["shown"])
+            if relation == "P30":  # too few to be divided
+                assert tried["dev_examples"] == facts["dev"]
+                continue
+            assert tried["dev_examples"] == facts["train"] + facts["dev"] - shown
+            name = "" if tried["name"] == "paper" else tried["name"]
+            folds = [name, *(f"{tried['name']}-fold-{k}" for k in (1, 2, 3))]
+            lines = [line for line in log if line["relation"] == relation and line.get("best")]
+            best = [[x["dev_p_at_1"] for x in lines if x.get("candidate", "") == each] for each in folds]
+            if any(best):
+                left = facts["train"] - shown
+                sizes = [facts["dev"], *(len(range(k, left, 3)) for k in range(3))]
+                together = sum(size * scores[-1] for size, scores in zip(sizes, best, strict=True)) / sum(sizes)
+                assert tried["p_at_1"] == pytest.approx(together)
+
+
+def test_folds_hold_every_example_out_once(make_backbone):
+    backbone = make_backbone("llama")
+    train, dev, test = (
+        [Example({"X": f"{split} {i}"}, "", i) for i in range(20)] for split in ("train", "dev", "test")
+    )
+    task = Task("P36", objective_of(backbone), backbone.text_encoder(), {"train": train, "dev": dev, "test": test})
+    folds, left = folds_of(task, (1, 4)), [example for i, example in enumerate(train) if i not in (1, 4)]
+    assert sorted(each.gold for fold in folds for each in fold.examples["dev"]) == [example.gold for example in left]
+    for fold in folds:
+        learned = {example.fields["X"] for example in fold.examples["train"]}
+        held_out = {example.fields["X"] for example in fold.examples["dev"]}
+        assert learned | held_out == {example.fields["X"] for example in (*left, *dev)}
+        assert not learned & held_out
+        assert fold.examples["test"] == test
+    assert folds_of(dataclasses.replace(task, examples={**task.examples, "dev": dev * 4}), ()) == []
+
+
 def test_only_the_papers_candidate(options, tmp_path):
     results = probe(options(tmp_path / "run", methods=("best",), candidates=1))
     for row in results["methods"]["best"]["relations"].values():
         assert {each["name"] for each in row["tried"]} == {"manual", "best-manual", "in-context", "paper"}
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 6])
+@pytest.mark.parametrize("stop_after", [4, 6])
 def test_an_interrupted_run_goes_on_to_the_same_choice(options, tmp_path, monkeypatch, stop_after):
     whole = probe(options(tmp_path / "whole", methods=("best",)))
     train = trainer_module.Trainer.train

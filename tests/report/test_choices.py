@@ -84,7 +84,10 @@ def test_few_facts_are_marked_and_said(tmp_path, chosen, make_run):
     facts["P30"]["facts"] = {"train": 1000, "dev": 64, "test": 40}
     page = Page(write_report(write_run(tmp_path, chosen)))
     assert list(page.rows(0)) == ["relation", "P36 §", "P30", "macro", "micro"]
-    said = "§ Fewer than 64 facts in train or dev: P36 (31 and 10). On so few in dev MRR chooses, not P@1."
+    said = (
+        "§ Fewer than 64 facts in train or dev: P36 (31 and 10). On so few in dev MRR chooses, not P@1; best is chosen "
+        "by cross-validation over train and dev."
+    )
     assert said in page.prose()
     assert said in " ".join(printed(chosen, width=200).split())
     assert said in joined(tmp_path).notes

@@ -39,6 +39,14 @@ def test_a_run_that_can_start(check, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_candidates_of_best_are_counted(check):
+    found = [check("--methods", "best", "--candidates", n)[1] for n in (1, 1000)]
+    needs = [float(re.search(r"p-tuning: a rank of 1 needs ([0-9.]+) GB", printed)[1]) for printed in found]
+    checkpoints = [float(re.search(r"take up to ([0-9.]+) GB", printed)[1]) for printed in found]
+    assert needs[0] < needs[1]
+    assert checkpoints[0] < checkpoints[1]
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
