@@ -61,9 +61,17 @@ class PackedModel(nn.Module):
 
     @property
     def max_positions(self) -> int | None:
-        """How many tokens a text can have, if the model's configuration sets a limit."""
-        most = getattr(self.model.config, "max_position_embeddings", None)
-        return None if most is None else most - self._first_position
+        """How many tokens a text can have, if the model's configuration sets a limit.
+
+        Where layers see a sliding window only (Mistral, Gemma), that is the window: masks are the same for all layers.
+        """
+        config = self.model.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None)
+        limits = [] if most is None else [most - self._first_position]
+        window = getattr(config, "sliding_window", None)
+        if window and getattr(config, "use_sliding_window", True):
+            limits.append(window)
+        return min(limits, default=None)
 
     @property
     def device(self) -> torch.device:

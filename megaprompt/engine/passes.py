@@ -18,7 +18,9 @@ from megaprompt.distributed.world import World
 from megaprompt.engine.learner import TrainingSet
 from megaprompt.engine.schedule import my_passes, padded
 from megaprompt.engine.trunks import SHARE, Trunks, cut_instances, may_be_cut
+from megaprompt.errors import UsageError
 from megaprompt.prompting.packing import PassSize, pack, split_into_passes
+from megaprompt.prompting.query import Query
 from megaprompt.tasks.objective import Answers, Objective, Outputs
 from megaprompt.tasks.task import Instance
 
@@ -106,6 +108,7 @@ def _computed(
         for i in indices:
             kinds.setdefault((id(asked[i].objective), id(asked[i].head)), []).append(i)
         queries = [query for part in kinds.values() for i in part for query in asked[i].instance.queries]
+        _must_fit(at.backbone, queries)
         batch = pack(queries, at.size.row_tokens).to(at.backbone.device)
         known = at.trunks.of(batch, at.backbone, at.everyone) if cut_anywhere else None
         values = at.backbone(batch, prompts, at.reads, known)
@@ -113,6 +116,15 @@ def _computed(
         counts = [sum(len(q.targets) for i in part for q in asked[i].instance.queries) for part in kinds.values()]
         targets = batch.target_of_query.split(counts)
         yield values, [_part(i, asked, values, t) for i, t in zip(kinds.values(), targets, strict=True)]
+
+
+def _must_fit(backbone: Backbone, queries: Sequence[Query]) -> None:
+    longest, most = max((len(query.tokens) for query in queries), default=0), backbone.max_positions
+    if most is not None and longest > most:
+        raise UsageError(
+            f"backbone {backbone.name}: a text of {longest} tokens is longer than the {most} that it can be given; "
+            "leave out what is long, or give another --backbone"
+        )
 
 
 def _part(indices: list[int], asked: Sequence[_Asked], values: Tensor, targets: Tensor) -> _Part:

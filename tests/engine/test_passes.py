@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
+from megaprompt.backbone import Backbone
 from megaprompt.distributed.world import World
 from megaprompt.engine.passes import Questions, Workplace, answers, joint_answers
+from megaprompt.errors import UsageError
 from megaprompt.prompting.packing import PassSize, pack
+from megaprompt.prompting.query import Query
 from megaprompt.prompting.template import Template
 from megaprompt.tasks.lama.one_token import rank_of_gold
 from megaprompt.tasks.task import Instance
@@ -80,3 +84,24 @@ def test_half_precision_does_not_round_the_answers(make_backbone):
     assert torch.equal(found["rank"], ranks)
     with torch.enable_grad():  # in training as it was, where a copy of the head would be kept for the backward pass
         assert backbone(batch).dtype == torch.bfloat16
+
+
+def test_texts_longer_than_a_sliding_window_are_refused(tokenizer):
+    """Packed rows have one mask for all layers, which is right for texts that the window shows whole."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=64,
+        vocab_size=len(tokenizer), sliding_window=12, initializer_range=0.2,
+    )  # fmt: skip
+    model = MistralForCausalLM._from_config(config, attn_implementation="sdpa").double()
+    backbone = Backbone(model, tokenizer, "mistral")
+    at = Workplace.shared(backbone, PassSize(), World(), objective_of(backbone))
+
+    def asked(tokens: int) -> list[Instance]:
+        return [Instance((Query(tuple(range(9, 9 + tokens)), (tokens - 1,)),), 5) for _ in range(2)]
+
+    found = answers(at, [Questions(asked(12), objective_of(backbone))], None)[0]
+    expected = plain_logits(backbone, asked(12)[0].queries, torch.zeros(1, 32)).log_softmax(-1)[0, 5]
+    torch.testing.assert_close(found["log_probability"][0], expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(UsageError, match="a text of 13 tokens is longer than the 12 that it can be given"):
+        answers(at, [Questions(asked(13), objective_of(backbone))], None)
