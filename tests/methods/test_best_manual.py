@@ -61,5 +61,5 @@ def test_a_wrong_file_of_wordings_is_named(backbone_directory, data_directory, t
     given = tmp_path / "more.jsonl"
     given.write_text(line + "\n")
     config = {"backbone": str(backbone_directory), "data": str(data_directory), "methods": ("best-manual",)}
-    with pytest.raises(MegapromptError, match="more.jsonl:1"):
+    with pytest.raises(MegapromptError, match=r"more\.jsonl:1"):
         probe(ProbeConfig(**config, out=tmp_path / "run", wordings=given))
