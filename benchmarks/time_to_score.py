@@ -102,7 +102,7 @@ def ours(backbone: Backbone, tasks: dict[str, Task], size: PassSize, best: bool)
         each
         for name, those in chosen.items()
         for one in those
-        for each in one.training_sets(tasks[name], with_folds=best)
+        for each in one.training_sets(tasks[name], recipe, with_folds=best)
     ]
     rungs = rungs_of(recipe, 4) if best else {}
     world = World(device=backbone.device)

@@ -15,7 +15,7 @@ import megaprompt
 from megaprompt.config import ProbeConfig, from_yaml
 from megaprompt.distributed.world import World
 from megaprompt.errors import UsageError
-from megaprompt.run.checkpoints import load_checkpoint
+from megaprompt.run.checkpoints import FORMAT, load_checkpoint
 from megaprompt.run.saved_prompts import SavedPrompt, load_prompts
 from tests.conftest import make_model, write_facts
 
@@ -312,7 +312,7 @@ def test_damaged_checkpoint_and_prompt(probe, tmp_path, capsys, caplog):
     assert probe("--resume") == 1
     assert "no checkpoint" in capsys.readouterr().err
     for path in (run / "state").glob("step-*/manifest.json"):
-        path.write_text(path.read_text().replace('"format": 4', '"format": 3'))
+        path.write_text(path.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT - 1}'))
     assert probe("--resume") == 1
     assert "was written by another version of megaprompt" in caplog.text
     (run / "prompts" / "P36.safetensors").write_bytes(b"damaged")

@@ -79,7 +79,7 @@ def test_what_older_versions_wrote(tmp_path):
     )
     assert from_yaml(ProbeConfig, path) == ProbeConfig(
         backbone="gpt2", data="data/lama", out=Path("runs/x"), relations=("P36",), template="<3>[X]<3>[Y]",
-        learning_rate=1e-5, weight_decay=1e-4, batch_size=8,
+        learning_rate=1e-5, weight_decay=1e-4, batch_size=8, relation_groups=1, pass_tokens=1024,
     )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_every_option_is_in_the_help(one, capsys):
 
 
 def test_defaults_agree():
-    assert PassSize() == PassSize(ProbeConfig().row_tokens, ProbeConfig().pass_tokens)
+    assert PassSize() == PassSize(ProbeConfig().row_tokens, 1024)
     assert PassSize() == PassSize(PlanConfig("gpt2").row_tokens, PlanConfig("gpt2").pass_tokens)
     assert Encoder == EncoderKind
     assert [parsed("evaluate", "--prompts", "x", "--split", split).split for split in SPLITS] == list(SPLITS)

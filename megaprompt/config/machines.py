@@ -18,6 +18,7 @@ from megaprompt.config.options import (
     Number,
     NumberOrNone,
     Whole,
+    WholeOrNone,
     above_zero,
 )
 from megaprompt.errors import UsageError
@@ -49,8 +50,8 @@ class PlanConfig:
     without."""
     relations: Whole = 1
     """Number of relations whose prompts are trained at the same time; each has an encoder of its own."""
-    relation_groups: Whole = 1
-    """Number of groups of ranks among which the relations are divided."""
+    relation_groups: WholeOrNone = None
+    """Number of groups of ranks among which the relations are divided; what `megaprompt probe` takes if not given."""
     template: str | None = None
     """Template of the learned prompts; the number of its pseudo tokens counts. The paper's if not given."""
     encoder: Encoder = "lstm"

@@ -37,8 +37,9 @@ class ProbeConfig(RunConfig):
     """More wordings for best-manual: a .jsonl file with relation and template, or a directory of P36.jsonl and
     others. Without it, those that came with the data."""
     candidates: WholeOrNone = None
-    """How many ways of learning 'best' tries for each relation, the paper's among them. If not given: four, or as many
-    as fit into memory."""
+    """How many ways of learning 'best' tries for each relation: the paper's, behind demonstrations, with manual words
+    as anchors, and from the fifth on all of these with a lower learning rate. If not given: four, or as many as fit
+    into memory."""
     discrete: OptionalNames = ()
     """Discrete prompts to score as well: NAME=PATH,.. where PATH is a .jsonl file with relation and template, or a
     directory of P36.jsonl and others. Of several for a relation, the best on train and all together are scored."""

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 from cyclopts import Parameter
 
 from megaprompt.config.options import (
-    PASS_TOKENS,
     ROW_TOKENS,
     Dtype,
     Encoder,
@@ -75,13 +74,14 @@ class RunConfig:
     deepspeed: Path | None = None
     """DeepSpeed configuration, a file or one that comes with megaprompt, such as zero3 (see ds_configs/): shard the
     backbone over the ranks. Plain PyTorch if not given."""
-    relation_groups: Whole = 1
+    relation_groups: WholeOrNone = None
     """Divide the ranks into this many groups, each of which trains some of the relations (tasks). Does not change
-    results."""
+    results. If not given: as many as there are ranks, or fewer where that would leave some without work."""
     row_tokens: Whole = ROW_TOKENS
     """Width of packed rows. Changes speed and memory, not results."""
-    pass_tokens: Whole = PASS_TOKENS
-    """Tokens that the backbone computes at once on each rank. Changes speed and memory, not results."""
+    pass_tokens: WholeOrNone = None
+    """Tokens that the backbone computes at once on each rank. Changes speed and memory, not results. If not given:
+    1024, and on GPUs as many, up to 16384, as fit into a quarter of the memory that is left."""
     resume: Flag = False
     """Continue the interrupted run in the directory --out, with the options that it was started with."""
     check: Flag = False

@@ -85,6 +85,13 @@ class World:
             limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
         return min(limits) // (ranks_on_this_machine() if self.size > 1 else 1)
 
+    def free_memory(self) -> int:
+        """Bytes that are free for each process. All must call it."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        available = psutil.virtual_memory().available // (ranks_on_this_machine() if self.size > 1 else 1)
+        return min(available, self.memory())
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:

@@ -29,6 +29,21 @@ def padded(passes: list[list[int]], everyone: World) -> list[list[int]]:
     return passes + [[]] * (count - len(passes))
 
 
+def groups_for(items: int, ranks: int) -> int:
+    """Into how many groups ranks are best divided to learn so many things: as many as leave none of them idle for long.
+
+    The encoders of a group's relations are all that its ranks hold and share gradients of, so many groups save memory
+    and traffic; a group that has more than a quarter above the average would be waited for.
+    """
+    divisors = (groups for groups in range(min(items, ranks), 0, -1) if ranks % groups == 0)
+    return next(groups for groups in divisors if 4 * -(-items // groups) * groups <= 5 * items)
+
+
+def waves_for(items: int, at_once: int) -> int:
+    """In how many waves so many things are learned if a few fit into memory at once."""
+    return -(-items // max(1, at_once))
+
+
 def assign(weights: Sequence[int], groups: int) -> list[int]:
     """Which group each item goes to, so that the groups' sums of weights are close: heaviest first, to the lightest."""
     loads = [0] * groups

@@ -184,6 +184,11 @@ class Trainer:
         found = {name: result for part in self.at.everyone.gather(own) for name, result in part.items()}
         return {name: found[name] for name in self._steps}
 
+    @property
+    def tasks(self) -> list[str]:
+        """The names of all tasks."""
+        return list(dict.fromkeys(each.task for each in self._halving.data.values()))
+
     def progress(self) -> tuple[int, int]:
         """Training instances used so far, and in all if no other task stops early (last batches counted as full)."""
         ends = [self.stopped_after.get(name, steps) for name, steps in self._steps.items()]

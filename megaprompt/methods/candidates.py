@@ -6,19 +6,16 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-import psutil
-import torch
 from torch import Tensor
 
-from megaprompt.backbone import Backbone
 from megaprompt.engine.learner import TrainingSet
-from megaprompt.prompting.prompt_encoder import EncoderKind, PromptEncoder
 from megaprompt.prompting.recipe import Recipe
 from megaprompt.prompting.template import Template
 from megaprompt.tasks.task import Example, Task
 
 PAPER = "paper"
 """The candidate that is P-tuning as the paper has it."""
+_SLOWER = 0.3
 _FOLDS = 3  # of train, each held out once
 
 
@@ -55,18 +52,20 @@ class Candidate:
     Args:
         shown: the training examples that stand before the question, by their places in train; not learned from.
         vectors: [pseudo tokens, hidden size] to start with; a random start if None.
+        rate: the learning rate, as a share of the recipe's.
     """
 
     name: str
     template: Template
     shown: tuple[int, ...] = ()
     vectors: Tensor | None = field(default=None, repr=False)
+    rate: float = 1.0
 
     def before(self, task: Task) -> str:
         """The text of the demonstrations."""
         return task.shown(self.shown)
 
-    def training_sets(self, task: Task, with_folds: bool) -> list[TrainingSet]:
+    def training_sets(self, task: Task, recipe: Recipe, with_folds: bool) -> list[TrainingSet]:
         """What it is learned from; those behind the first one are folds for cross-validation, where dev has too few
         examples to compare candidates with.
 
@@ -75,9 +74,10 @@ class Candidate:
         """
         first = dataclasses.replace(task, examples={**task.examples, "train": without(task, self.shown)})
         folds = folds_of(task, self.shown) if with_folds else []
-        return [self._training_set(each, self.before(task), fold) for fold, each in enumerate([first, *folds])]
+        recipe = dataclasses.replace(recipe, learning_rate=self.rate * recipe.learning_rate)
+        return [self._training_set(each, recipe, self.before(task), fold) for fold, each in enumerate([first, *folds])]
 
-    def _training_set(self, task: Task, before: str, fold: int) -> TrainingSet:
+    def _training_set(self, task: Task, recipe: Recipe, before: str, fold: int) -> TrainingSet:
         name = "" if self.name == PAPER else self.name
         return TrainingSet(
             task.name,
@@ -88,6 +88,7 @@ class Candidate:
             self.vectors,
             candidate=f"{self.name}-fold-{fold}" if fold else name,
             contender=self.name,
+            recipe=recipe,
             stays=self.name == PAPER and not fold,
         )
 
@@ -104,19 +105,9 @@ def candidates(task: Task, paper: Candidate, shown: Sequence[int], most: int) ->
         dataclasses.replace(each, name=f"{each.name}-behind-{len(shown)}", shown=tuple(shown))
         for each in ((*anchors, paper) if shown else ())
     ]
-    return [paper, *behind, *anchors][:most]
-
-
-def how_many_fit(backbone: Backbone, encoder: EncoderKind, pseudo_tokens: int, sets: int) -> int:
-    """For how many candidates with so many training sets all encoders fit into half of the free memory.
-
-    At least one. (With gradients and Adam, 16 bytes for each parameter: at 11B, an LSTM encoder takes 2.1 GB.)
-    """
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in PromptEncoder(pseudo_tokens, backbone.hidden_size, encoder).parameters())
-    cuda = backbone.device.type == "cuda"
-    free = torch.cuda.mem_get_info(backbone.device)[0] if cuda else psutil.virtual_memory().available
-    return max(1, int(free / 2 / (16 * parameters * sets)))
+    found = [paper, *behind, *anchors]
+    slower = [dataclasses.replace(each, name=f"{each.name}-slower", rate=_SLOWER) for each in found]
+    return [*found, *slower][:most]
 
 
 def rungs_of(recipe: Recipe, most: int) -> dict[int, int]:

@@ -73,11 +73,20 @@ class Context(Protocol):
     def rows(self, column: str) -> Mapping[str, dict[str, Any]]:
         """What results.json says of a method that has run, by task; nothing if it has not."""
 
+    def is_scored(self, columns: Sequence[str], task: str) -> bool:
+        """Whether `each_task` has scored a task by methods, now or before an interruption."""
+
     def once(self, name: str, find: Callable[[], int]) -> int:
         """What was found the first time in this run, also after an interruption."""
 
     def each_task(
-        self, columns: Sequence[str], score: ScoreTask, *, title: str = "", own_progress: bool = False
+        self,
+        columns: Sequence[str],
+        score: ScoreTask,
+        *,
+        names: Sequence[str] | None = None,
+        title: str = "",
+        own_progress: bool = False,
     ) -> Mapping[str, Mapping[str, dict[str, Any]]]:
         """Score all tasks by methods, and write down what is known of each at once: a stopped run goes on there.
 
@@ -85,6 +94,7 @@ class Context(Protocol):
 
         Args:
             columns: names of the methods in results and reports.
+            names: of the tasks, if others are scored in other calls; averages are made when all have been.
             score: gets a task and a function that tells whether to stop; gives what each method says of the task.
             title: what the user is told that is being done; the methods, if not given.
             own_progress: `score` shows its progress.
@@ -96,8 +106,9 @@ class Context(Protocol):
     def baseline(self, column: str, rows: Mapping[str, dict[str, Any]]) -> None:
         """Write down rows that are known without asking anything."""
 
-    def train(self, method: str, trainer: Trainer) -> dict[str, Learned]:
-        """Train with log, progress and checkpoints; goes on where a stopped run was."""
+    def train(self, method: str, trainer: Trainer, wave: int = 1) -> dict[str, Learned]:
+        """Train with log, progress and checkpoints; goes on where a stopped run was. Each wave of tasks is trained in a
+        call of its own, after the one before has been scored."""
 
     def train_one(
         self, method: str, task: Task, should_stop: ShouldStop, unit: str = "examples"

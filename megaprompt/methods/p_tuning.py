@@ -7,7 +7,8 @@ in the same passes, and takes for each task what is best on dev among them and t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from megaprompt.engine.halving import pooled
 from megaprompt.engine.learner import Learned, TrainingSet
+from megaprompt.engine.schedule import assign, groups_for, waves_for
 from megaprompt.engine.trainer import Trainer
 from megaprompt.errors import MegapromptError
 from megaprompt.methods.candidates import (
@@ -23,16 +25,17 @@ from megaprompt.methods.candidates import (
     candidates,
     folds_of,
     has_folds,
-    how_many_fit,
     rungs_of,
     without,
 )
 from megaprompt.methods.method import Context, Scored, ShouldStop
 from megaprompt.methods.untrained import drawn
-from megaprompt.prompting.prompt_encoder import EncoderKind
+from megaprompt.prompting.prompt_encoder import EncoderKind, number_of_parameters
 from megaprompt.prompting.recipe import Recipe
 from megaprompt.prompting.template import Template
 from megaprompt.tasks.task import Task
+
+logger = logging.getLogger(__name__)
 
 UNTRAINED = ("manual", "best-manual", "in-context")
 """The methods that `best` also chooses from."""
@@ -47,7 +50,7 @@ class PTuning:
     Args:
         template: with pseudo tokens; if None, what came with the data, or else the paper's for the kind of backbone.
         from_manual: start with the manual prompt instead, each of its tokens a pseudo token.
-        groups: into how many groups of ranks the tasks are divided.
+        groups: into how many groups of ranks the tasks are divided; see `schedule.groups_for` if None.
         best: whether to choose among several candidates, too.
         most: how many of them are learned for each task; all of which the encoders fit into memory if None.
     """
@@ -56,7 +59,7 @@ class PTuning:
     encoder: EncoderKind = "lstm"
     template: str | None = None
     from_manual: bool = False
-    groups: int = 1
+    groups: int | None = None
     best: bool = False
     most: int | None = None
 
@@ -91,10 +94,8 @@ class PTuning:
             return {name: [one] for name, one in paper.items()}
 
         def fitting() -> int:
-            pseudo_tokens = max(one.template.num_pseudo_tokens for one in paper.values())
-            sets = sum(1 + len(folds_of(task, ())) for task in _as_learned(context).values())
-            fit = how_many_fit(context.backbone, self.encoder, pseudo_tokens, -(-sets // self.groups))
-            return min(_MOST, -int(context.world.max_(torch.tensor(-fit), "schedule")))
+            sets = max(1 + len(folds_of(task, ())) for task in _as_learned(context).values())
+            return max(1, min(_MOST, self._at_once(context, paper.values()) // sets))
 
         most = context.once("candidates", lambda: self.most or fitting())
         tried = context.rows("in-context")
@@ -103,33 +104,62 @@ class PTuning:
             for name, task in _as_learned(context).items()
         }
 
+    def _at_once(self, context: Context, those: Iterable[Candidate]) -> int:
+        """How many encoders, at least one on each rank, fit with gradients and Adam into half of the free memory. (16
+        bytes for each parameter: at 11B, an LSTM encoder takes 2.1 GB.)"""
+        pseudo_tokens = max(one.template.num_pseudo_tokens for one in those)
+        parameters = number_of_parameters(pseudo_tokens, context.backbone.hidden_size, self.encoder)
+        room = context.world.free_memory() // 2
+        fitting = int(context.world.max_(torch.tensor(-room), "schedule"))
+        groups = self.groups or context.world.size
+        return groups * max(1, -fitting // (16 * max(1, parameters)))
+
     def run(self, context: Context) -> None:
-        of_task, recipe, tasks = self._candidates(context), self.recipe, _as_learned(context)
+        of_task = self._candidates(context)
+        tasks = _as_learned(context)
         sets = {
-            name: [one.training_sets(tasks[name], with_folds=self.best) for one in those]
+            name: [one.training_sets(tasks[name], self.recipe, with_folds=self.best) for one in those]
             for name, those in of_task.items()
         }
+        sizes = [sum(map(len, those)) for those in sets.values()]
+        at_once = self._at_once(context, (one for those in of_task.values() for one in those))
+        waves = context.once("waves", lambda: min(len(sizes), waves_for(sum(sizes), at_once)))
+        if waves > 1:
+            logger.info("the encoders of %d relations do not fit into memory together: %d waves", len(sizes), waves)
+        wave_of = dict(zip(of_task, assign(sizes, waves), strict=True))
+        for wave in range(waves):
+            names = [name for name in of_task if wave_of[name] == wave]
+            if not all(context.is_scored(self.columns, name) for name in names):
+                self._wave(
+                    context, wave, waves, {name: list(zip(of_task[name], sets[name], strict=True)) for name in names}
+                )
+
+    def _wave(
+        self, context: Context, wave: int, waves: int, what: Mapping[str, list[tuple[Candidate, list[TrainingSet]]]]
+    ) -> None:
+        """Learn and score some of the tasks."""
+        data = [each for those in what.values() for _, sets in those for each in sets]
+        groups = self.groups if self.groups and (self.groups <= len(data) or waves == 1) else None
         trainer = Trainer(
             context.backbone,
-            [each for those in sets.values() for of_candidate in those for each in of_candidate],
-            recipe,
+            data,
+            self.recipe,
             encoder=self.encoder,
             seed=context.seed,
             size=context.size,
             world=context.world,
-            groups=self.groups,
+            groups=groups or groups_for(len(data), context.world.size),
             loss_scale=context.loss_scale,
-            rungs=rungs_of(recipe, max(map(len, of_task.values()))),
+            rungs=rungs_of(self.recipe, max(map(len, what.values()))),
         )
-        found = context.train("p-tuning", trainer)
-        learned = {
-            name: [_Tried.of(one, those, found) for one, those in zip(of_task[name], sets[name], strict=True)]
-            for name in of_task
-        }
+        title = "p-tuning" if waves == 1 else f"p-tuning, wave {wave + 1} of {waves}"
+        found = context.train(title, trainer, wave + 1)
+        learned = {name: [_Tried.of(one, sets, found) for one, sets in those] for name, those in what.items()}
         if all(each.what.kept is None for those in learned.values() for each in those):
             name, [first, *_] = next(iter(learned.items()))
             reason = (first.what.diverged or {}).get("reason", "there were no epochs")
             raise MegapromptError(f"nothing was learned of any relation; {name}: {reason}")
+        tasks = _as_learned(context)
 
         def score(task: Task, _: ShouldStop) -> dict[str, Scored]:
             task = tasks[task.name]
@@ -138,7 +168,7 @@ class PTuning:
                 scored["best"] = _best(context, task, learned[task.name], scored["p-tuning"])
             return scored
 
-        context.each_task(self.columns, score, title="test")
+        context.each_task(self.columns, score, names=list(what), title="test")
 
 
 def _as_learned(context: Context) -> dict[str, Task]:

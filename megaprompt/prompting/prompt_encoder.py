@@ -114,3 +114,9 @@ def new_prompt_encoder(
     if vectors is not None:
         encoder.start_at(vectors)
     return encoder
+
+
+def number_of_parameters(pseudo_tokens: int, hidden_size: int, kind: EncoderKind) -> int:
+    """Of one encoder, without making it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in PromptEncoder(pseudo_tokens, hidden_size, kind).parameters())

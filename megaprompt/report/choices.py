@@ -102,10 +102,11 @@ def _demonstrations(each: Mapping[str, Any]) -> str:
 
 def candidate_in_words(name: str) -> str:
     """What a candidate of `best` is: `paper-behind-4` is `p-tuning, behind 4 demonstrations`."""
-    start, _, count = name.partition("-behind-")
+    whole, slower = name, " and with a lower learning rate" * name.endswith("-slower")
+    start, _, count = name.removesuffix("-slower").partition("-behind-")
     starts = {"paper": "p-tuning", "anchors": "learned vectors among manual words"}
     behind = f", behind {plural(int(count), 'demonstration')}" if re.fullmatch(r"\d+", count) else ""
-    return starts[start] + behind if start in starts else name
+    return starts[start] + behind + slower if start in starts else whole
 
 
 def _by(results: Mapping[str, Any], examples: int, scoring: Scoring) -> str:

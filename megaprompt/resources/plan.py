@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from megaprompt.config import PlanConfig, shipped_configurations
 from megaprompt.distributed.deepspeed_config import DeepSpeedSettings, read_deepspeed_config
+from megaprompt.engine.schedule import groups_for, waves_for
 from megaprompt.errors import UsageError
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.template import Template, default_template
@@ -43,6 +45,8 @@ class Plan:
     traffic: dict[str, float]  # bytes per pass and rank: network, pcie, disk
     seconds: float  # of a pass, at least
     reasons: list[str]  # why it does not fit; none if it does
+    groups: int = 1  # of ranks, among which the relations are divided
+    waves: int = 1  # of relations, one after the other
 
     @property
     def fits(self) -> bool:
@@ -84,6 +88,16 @@ def profile_of(backbone: str, dtype: torch.dtype, work: Workload) -> Profile:
     return profile(shape_of(backbone), dtype, work)
 
 
+def bytes_of_pass(backbone: str, dtype: torch.dtype, size: PassSize) -> int:
+    """What a full training pass takes beside parameters: what is kept for the backward pass, and what is temporary.
+
+    Raises:
+        UsageError: there is no such backbone.
+    """
+    shape = shape_of(backbone)
+    return profile_of(backbone, dtype, Workload.of(shape, "p-tuning", 1, size)).activations
+
+
 def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
     """The plan of one configuration; None is PyTorch alone, with a whole copy of the backbone on every rank.
 
@@ -99,7 +113,8 @@ def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
     run = profile_of(config.backbone, dtype, work)
     per_node = max(1, config.gpus)
     ranks = config.nodes * per_node
-    if ranks % config.relation_groups:
+    groups = config.relation_groups or groups_for(config.relations, ranks)
+    if ranks % groups:
         raise UsageError(
             f"--relation-groups {config.relation_groups}: does not divide the {ranks} ranks; give a divisor"
         )
@@ -108,23 +123,45 @@ def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
         dtype=dtype,
         zero=settings.sharding["zero_optimization"] if settings.sharding else None,
         ranks=ranks,
-        relations=-(-config.relations // config.relation_groups),
+        relations=1,
         encoder=config.encoder,
         pseudo_tokens=Template.parse(config.template or default_template(work.causal)).num_pseudo_tokens,
         on_cpu=not config.gpus,
     )
-    need = predict(run, job)
-    needed = _needed(config, need)
     available: dict[Place, float] = {
         "device": config.gpu_memory * 1e9 if config.gpus else 0.0,
         "host": config.host_memory * 1e9 / per_node,
         "nvme": float("inf"),
     }
+    waves = _waves(config, groups, _needed(config, predict(run, job)), available)
+    of_wave = -(-config.relations // waves)
+    job = dataclasses.replace(job, relations=-(-of_wave // groups))
+    need = predict(run, job)
+    needed = _needed(config, need)
     traffic = _traffic(run, job, need)
     seconds = _seconds(config, run, traffic)
     reasons = _reasons(needed, available)
     name = str(deepspeed or "none")
-    return Plan(name, str(dtype).removeprefix("torch."), ranks, needed, available, traffic, seconds, reasons)
+    own = str(dtype).removeprefix("torch.")
+    return Plan(name, own, ranks, needed, available, traffic, seconds, reasons, groups, waves)
+
+
+def _waves(
+    config: PlanConfig,
+    groups: int,
+    needed: Mapping[Place, Mapping[str, float]],
+    available: Mapping[Place, float],
+) -> int:
+    """In how many waves the relations are learned, as `methods.p_tuning` finds it: encoders may fill half of what the
+    backbone leaves.
+
+    Args:
+        needed: by a rank with one encoder.
+    """
+    place: Place = "device" if config.gpus else "host"
+    one = needed[place].get("encoders", 0.0)
+    free = available[place] - needed[place].get("parameters", 0.0) - needed[place].get("runtime", 0.0)
+    return waves_for(config.relations, groups * max(1, int(free / 2 / one))) if one else 1
 
 
 def _needed(config: PlanConfig, need: Need) -> dict[Place, dict[str, float]]:
@@ -190,12 +227,12 @@ def advice(config: PlanConfig, found: Sequence[Plan]) -> str:
     best = found[0]
     if best.fits:
         option = "without --deepspeed" if best.name == "none" else f"with --deepspeed {best.name}"
-        return f"fits {option} ({best.dtype}); at least {best.seconds:.2g} s per pass"
+        return f"fits {option} ({best.dtype}){arrangement(best)}; at least {best.seconds:.2g} s per pass"
     why = "".join(f"\n  {reason}" for reason in best.reasons)
     device = best.bytes["device"] or best.bytes["host"]
     most = max(device, key=lambda category: device[category])
     changes = {
-        "encoders": "train fewer relations at once (more --relation-groups, or a job array over relations)",
+        "encoders": "use more nodes, or a smaller --encoder (mlp, none)",
         "activations": "lower --pass-tokens",
         "optimizer": "use more nodes, or P-tuning, which has no optimizer state of the backbone",
         "gathered": "lower stage3_max_live_parameters and stage3_max_reuse_distance in the configuration",
@@ -204,6 +241,13 @@ def advice(config: PlanConfig, found: Sequence[Plan]) -> str:
     if config.deepspeed is not None:
         return f"does not fit; leave --deepspeed out to see which configuration does{why}"
     return f"does not fit; {changes.get(most) or 'use more GPUs or nodes'}{why}"
+
+
+def arrangement(plan: Plan) -> str:
+    """How relations are divided, if they are."""
+    groups = f" in {plan.groups} groups of ranks" if plan.groups > 1 else ""
+    waves = f" in {plan.waves} waves, one after the other" if plan.waves > 1 else ""
+    return f", relations{groups}{' and' * bool(groups and waves)}{waves}" if groups or waves else ""
 
 
 def _gb(size: float) -> str:
@@ -246,6 +290,8 @@ def as_json(config: PlanConfig, found: Sequence[Plan]) -> dict[str, Any]:
             "configuration": plan.name,
             "dtype": plan.dtype,
             "ranks": plan.ranks,
+            "relation_groups": plan.groups,
+            "waves": plan.waves,
             "fits": plan.fits,
             "reasons": plan.reasons,
             "bytes_per_rank": plan.bytes,

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from megaprompt.prompting.prompt_encoder import EncoderKind, PromptEncoder
+from megaprompt.prompting.prompt_encoder import EncoderKind, number_of_parameters
 from megaprompt.resources.gathering import Gathering, gathering
 from megaprompt.resources.profile import Method, Profile
 
@@ -78,7 +78,9 @@ def predict(profile: Profile, job: Job) -> Need:
             host["buffers"] += swap.get("buffer_count", 5) * swap.get("buffer_size", 100_000_000) * size
     where_parameters["parameters"] = share * size
     if job.method == "p-tuning":
-        device["encoders"] = job.relations * 16 * _encoder_numel(job, profile.hidden_size)
+        device["encoders"] = (
+            job.relations * 16 * number_of_parameters(job.pseudo_tokens, profile.hidden_size, job.encoder)
+        )
     elif job.zero is None:
         device["gradients"] = share * size
         device["optimizer"] = 2 * share * size
@@ -99,9 +101,3 @@ def predict(profile: Profile, job: Job) -> Need:
             host["buffers"] += 0 if job.on_cpu else norm
         device["buffers"] += max(during_pass, in_step) - device["activations"] - device["gathered"]
     return Need(dict(device), dict(host), dict(nvme), gathered)
-
-
-def _encoder_numel(job: Job, hidden_size: int) -> int:
-    with torch.device("meta"):
-        encoder = PromptEncoder(job.pseudo_tokens, hidden_size, job.encoder)
-    return sum(parameter.numel() for parameter in encoder.parameters())

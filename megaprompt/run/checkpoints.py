@@ -21,7 +21,7 @@ from megaprompt.files import sync_directory, write_file
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 _KEPT = 2  # checkpoints
 
 

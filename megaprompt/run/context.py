@@ -113,13 +113,19 @@ class RunContext:
                 write_report(self.run.path)
 
     def each_task(
-        self, columns: Sequence[str], score: ScoreTask, *, title: str = "", own_progress: bool = False
+        self,
+        columns: Sequence[str],
+        score: ScoreTask,
+        *,
+        names: Sequence[str] | None = None,
+        title: str = "",
+        own_progress: bool = False,
     ) -> Mapping[str, Mapping[str, dict[str, Any]]]:
         title = title or " and ".join(columns)
         unfinished = self.results.setdefault("unfinished", {})
         rows = {column: unfinished.setdefault(column, {}) for column in columns}
-        todo = [name for name in self.tasks if any(name not in done for done in rows.values())]
-        start, count = time.monotonic(), len(self.tasks)
+        todo = [name for name in names or self.tasks if not self.is_scored(columns, name)]
+        start, count = time.monotonic(), len(names or self.tasks)
         shown = progress(title, count, self.world.is_main and not own_progress, unit="relations")
         with stop_signals() as should_stop, shown as update:
             for number, name in enumerate(todo, start=count - len(todo) + 1):
@@ -130,6 +136,8 @@ class RunContext:
                     rows[column][name] = row | self._measured(column, way or self.tasks[name], found)
                 self.save(report=False)
                 update(number)
+        if not all(self.is_scored(columns, name) for name in self.tasks):
+            return rows
         for column in columns:
             self.baseline(column, {name: rows[column][name] for name in self.tasks})
             self.results["timing"][column] = {"seconds": time.monotonic() - start}
@@ -141,6 +149,10 @@ class RunContext:
 
     def rows(self, column: str) -> Mapping[str, dict[str, Any]]:
         return self.results["methods"].get(column, {}).get("relations", {})
+
+    def is_scored(self, columns: Sequence[str], task: str) -> bool:
+        unfinished = self.results.get("unfinished", {})
+        return all(task in unfinished.get(column, {}) or task in self.rows(column) for column in columns)
 
     def once(self, name: str, find: Callable[[], int]) -> int:
         if name not in self.results:
@@ -159,8 +171,9 @@ class RunContext:
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def train(self, method: str, trainer: Trainer) -> dict[str, Learned]:
-        return train_resumably(method, trainer, self.run, self.world, self.status, self.results, self.resume)
+    def train(self, method: str, trainer: Trainer, wave: int = 1) -> dict[str, Learned]:
+        where = (self.run, self.world, self.status, self.results, self.resume)
+        return train_resumably(method, trainer, *where, wave=wave)
 
     def train_one(
         self, method: str, task: Task, should_stop: ShouldStop, unit: str = "examples"

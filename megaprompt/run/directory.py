@@ -129,10 +129,11 @@ class RunDirectory:
         path = self.path / "log.jsonl"
         return path.stat().st_size if path.exists() else 0
 
-    def forget(self, method: str, task: str) -> None:
-        """Leave out the log lines of a method about a task: it is done again from its start."""
+    def forget(self, method: str, *tasks: str) -> None:
+        """Leave out the log lines of a method about tasks, which are done again from their start. (Those of p-tuning
+        name no method.)"""
         lines = self.read_log()
-        kept = [line for line in lines if (line.get("method"), line["relation"]) != (method, task)]
+        kept = [line for line in lines if line.get("method", "") != method or line["relation"] not in tasks]
         if len(kept) < len(lines):
             write_file(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
 

@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM
 
 from megaprompt.backbone import dtype_of, inspect_backbone, read_config
 from megaprompt.backbone.packed import language_model
-from megaprompt.config import PlanConfig, RunConfig
+from megaprompt.config import PASS_TOKENS, PlanConfig, RunConfig
 from megaprompt.config.options import Dtype
 from megaprompt.distributed.deepspeed_config import read_deepspeed_config
 from megaprompt.errors import MegapromptError, UsageError
-from megaprompt.prompting.prompt_encoder import PromptEncoder
+from megaprompt.prompting.prompt_encoder import number_of_parameters
 from megaprompt.prompting.recipe import RECIPES, chosen
 from megaprompt.prompting.template import Template
-from megaprompt.resources.plan import Plan, plan
+from megaprompt.resources.plan import Plan, arrangement, plan
 from megaprompt.resources.predict import Place
 from megaprompt.resources.profile import Method
 from megaprompt.run.directory import RunDirectory
@@ -119,10 +119,10 @@ class _Checks:
             raise MegapromptError(f"--out {config.out}: cannot write into {where} ({error.strerror})") from error
         needed = 0
         for template in self.templates if self.hidden_size and {"p-tuning", "best"} & set(config.methods) else ():
-            with torch.device("meta"):
-                encoder = PromptEncoder(template.num_pseudo_tokens, self.hidden_size, config.encoder)
-            # Parameters and Adam's two averages, in single precision.
-            needed += _COPIES * 3 * 4 * sum(p.numel() for p in encoder.parameters()) * _candidates(config)
+            parameters = number_of_parameters(template.num_pseudo_tokens, self.hidden_size, config.encoder)
+            needed += (
+                _COPIES * 3 * 4 * parameters * _candidates(config)
+            )  # with Adam's two averages, in single precision
         free = shutil.disk_usage(where).free
         about = f"{config.out}: {free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.1f} GB"
         if free < needed:
@@ -137,7 +137,7 @@ class _Checks:
         for method in sorted({training[name] for name in self.config.methods if name in training}):
             found = _plan_here(self.config, method, self.templates)
             needs = [f"{found.total(place) / 1e9:.1f} GB of {what}" for place, what in _PLACES if found.total(place)]
-            lines.append(f"{method}: a rank of {found.ranks} needs {' and '.join(needs)} memory")
+            lines.append(f"{method}: a rank of {found.ranks} needs {' and '.join(needs)} memory{arrangement(found)}")
             if not found.fits and not _is_login_node():
                 raise MegapromptError(
                     f"{lines[-1]}; {found.reasons[0]}; `megaprompt plan` tells which configuration, nodes and GPUs "
@@ -186,7 +186,7 @@ def _plan_here(config: RunConfig, method: Method, templates: Sequence[Template])
             template=f"<{most}>[X][Y]",
             encoder=config.encoder,
             row_tokens=config.row_tokens,
-            pass_tokens=config.pass_tokens,
+            pass_tokens=config.pass_tokens or PASS_TOKENS,
             **machines,
         ),
         config.deepspeed,

@@ -17,6 +17,7 @@ from megaprompt.run.directory import RunDirectory
 from megaprompt.run.interruption import stop_signals
 from megaprompt.run.progress import ProgressFile
 
+_STEPS_OF_WAVE = 10_000_000  # more than any has; the numbers of checkpoints grow from wave to wave
 _CHECKPOINT_SECONDS = 60.0  # between checkpoints, and at least 20 times as long as writing one takes
 
 
@@ -28,19 +29,29 @@ def train_resumably(
     status: ProgressFile,
     results: dict[str, Any],
     resume: bool,
+    wave: int = 1,
 ) -> dict[str, Learned]:
     """Train until the end, or a signal; goes on from the newest checkpoint if it resumes.
+
+    Args:
+        wave: its number, of those that follow one another; only the newest has checkpoints.
 
     Raises:
         Interrupted: a signal said so on some rank.
     """
     checkpoints = run.path / "state"
-    seconds, log_size = 0.0, 0  # before this process started
-    if resume and (checkpoint := load_checkpoint(checkpoints, world)) is not None:
+    seconds = 0.0  # before this process started
+    checkpoint = load_checkpoint(checkpoints, world) if resume else None
+    if checkpoint is not None and checkpoint.about["wave"] != wave:  # the one before has ended
+        checkpoint = None
+    if checkpoint is not None:
         trainer.restore(checkpoint.about["training"], checkpoint.read)
-        seconds, log_size = checkpoint.about["seconds"], checkpoint.about["log_size"]
+        seconds = checkpoint.about["seconds"]
     if world.is_main:
-        run.truncate_log(log_size)
+        if checkpoint is not None:
+            run.truncate_log(checkpoint.about["log_size"])
+        else:
+            run.forget("", *trainer.tasks)
         status.epochs(run.read_log())
     status.phase(method)
     log = _Log(run, world, trainer, status)
@@ -50,9 +61,10 @@ def train_resumably(
     def save() -> None:
         nonlocal saved, pause
         before = time.monotonic()
-        about: dict[str, Any] = {"seconds": seconds + before - start, "log_size": run.log_size()}
+        about: dict[str, Any] = {"seconds": seconds + before - start, "log_size": run.log_size(), "wave": wave}
         about |= {"training": trainer.shared_state(), "dtype": results["backbone"]["dtype"]}
-        save_checkpoint(checkpoints, world, trainer.step, trainer.states(), world.gather(about)[0])
+        number = (wave - 1) * _STEPS_OF_WAVE + trainer.step
+        save_checkpoint(checkpoints, world, number, trainer.states(), world.gather(about)[0])
         saved = time.monotonic()
         pause = max(_CHECKPOINT_SECONDS, 20 * (saved - before))
 
@@ -72,7 +84,9 @@ def train_resumably(
         learned = trainer.train(hooks)
         save()
     results["communication"] = {"steps": log.steps, "sent_bytes_by_rank": world.gather(dict(world.sent))}
-    results["timing"]["training_seconds"] = seconds + time.monotonic() - start
+    waves = results["timing"].setdefault("seconds_of_waves", {})
+    waves[str(wave)] = seconds + time.monotonic() - start
+    results["timing"]["training_seconds"] = sum(waves.values())
     return learned
 
 

@@ -155,6 +155,18 @@ def test_folds_hold_every_example_out_once(make_backbone):
     assert folds_of(dataclasses.replace(task, examples={**task.examples, "dev": dev * 4}), ()) == []
 
 
+def test_candidates_come_with_a_lower_learning_rate_too(options, tmp_path):
+    results = probe(options(tmp_path / "run", methods=("best",), candidates=8, relations=("P36",)))
+    tried = [each["name"] for each in results["methods"]["best"]["relations"]["P36"]["tried"]][3:]
+    behind = len(results["methods"]["in-context"]["relations"]["P36"]["shown"]) or 4
+    starts = ["paper", f"anchors-behind-{behind}", f"paper-behind-{behind}", "anchors"]
+    assert len(tried) == 8
+    assert [name.removesuffix("-slower") for name in tried] == [*starts, *starts] or "behind" in "".join(tried)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    rates = {line.get("candidate", "paper"): line["learning_rate"] for line in log if "learning_rate" in line}
+    assert rates["paper-slower"] == pytest.approx(0.3 * rates["paper"])
+
+
 def test_only_the_papers_candidate(options, tmp_path):
     results = probe(options(tmp_path / "run", methods=("best",), candidates=1))
     for row in results["methods"]["best"]["relations"].values():

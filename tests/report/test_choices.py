@@ -108,6 +108,7 @@ def test_candidates_in_words():
     assert candidate_in_words("paper") == "p-tuning"
     assert candidate_in_words("paper-behind-1") == "p-tuning, behind 1 demonstration"
     assert candidate_in_words("best-manual") == "best-manual"
+    assert candidate_in_words("paper-slower") == "p-tuning and with a lower learning rate"
 
 
 def test_curves_are_those_of_p_tuning_alone(tmp_path, results, monkeypatch):
