@@ -35,6 +35,8 @@ NOT_RUN = {
     "by a test of its own, with a small model",
     "megaprompt superglue --data path/to/FewGLUE --setting few-shot --methods manual,in-context,p-tuning": "is run "
     "with a small model in tests/run/test_superglue.py",
+    "megaprompt superglue --data path/to/FewGLUE --tasks rte,cb --methods fine-tuning,manual+fine-tuning,p-tuning "
+    "--tune both": "likewise",
 }
 """Commands for megaprompt that are only parsed, and why."""
 

@@ -220,7 +220,8 @@ def status(config: StatusConfig) -> None:
 @app.command
 def plan(config: PlanConfig) -> None:
     """Tell what a run will need in memory, and whether it fits, before anything is loaded."""
-    from megaprompt.resources.plan import advice, as_json, chart, plans, tables
+    from megaprompt.resources.plan import advice, plans
+    from megaprompt.resources.plan_shown import as_json, chart, tables
 
     found = plans(config)
     if config.chart is not None:

@@ -99,6 +99,16 @@ class RunConfig:
         if self.weight_decay is not None and self.weight_decay < 0:
             raise UsageError(f"--weight-decay {self.weight_decay}: give 0 or more")
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """`methods` as results call them."""
+        return self.methods
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether a method trains the backbone's own weights."""
+        return any("fine-tuning" in column for column in self.columns)
+
     def recipe_options(self) -> dict[str, Any]:
         """What was given for the recipe that `recipe` names."""
         return self._given("learning_rate", "weight_decay", "batch_size", "max_epochs", "max_steps", "patience")

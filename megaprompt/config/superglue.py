@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from cyclopts import Parameter
 
-from megaprompt.config.options import Names, OptionalNames, Whole, WholeOrNone, above_zero
+from megaprompt.config.options import Flag, Names, Number, OptionalNames, Whole, WholeOrNone, above_zero
 from megaprompt.config.run import RunConfig
 from megaprompt.errors import UsageError
 
@@ -30,12 +30,27 @@ class SuperGlueConfig(RunConfig):
     out: Path = Path("runs/superglue")
     """Directory of this run. It must not hold another run."""
     methods: Names = ("manual", "p-tuning")
-    """What to compare: manual, in-context (training examples before the question), p-tuning (with the model frozen),
-    fine-tuning (of the whole model and a classifier on it), manual+fine-tuning (of the whole model, on the manual
-    prompt). Always giving the most frequent answer is reported beside them."""
+    """What to compare: manual, in-context (training examples before the question), p-tuning (see --tune), fine-tuning
+    (of the whole model and a classifier on it), manual+fine-tuning (of the whole model, on the manual prompt). Always
+    giving the most frequent answer is reported beside them."""
+    tune: Literal["prompts", "both"] = "prompts"
+    """What p-tuning trains: prompts, with the model frozen, or both prompts and model, as the paper does on SuperGLUE.
+    Results call the latter p-tuning+fine-tuning."""
+    fine_tuning_rate: Number = 1e-5
+    """AdamW's learning rate of the model's weights, for methods that train them. What is not given in the options above
+    they take from the paper and its code, not from --recipe. With --tune both, --learning-rate is that of prompts."""
+    grouped: Flag = False
+    """For methods that train the model: the answers to a question of MultiRC follow each other in training, so that a
+    step computes its passage once. Several times faster, in another order than the paper's."""
+    search: Flag = False
+    """For methods that train the model: learn each task with learning rates 1e-5, 2e-5 and 3e-5 of the weights and
+    batches of 16 and 32, and take what is best on dev."""
     setting: Literal["few-shot", "full"] = "few-shot"
     """few-shot: train.jsonl and dev32.jsonl are used as they are. full: a tenth of train.jsonl is kept from training
-    and chosen on instead. Either way, scores are those on val.jsonl, on which nothing is chosen."""
+    and chosen on instead. Either way, scores are those on val.jsonl."""
+    select_on: Literal["dev", "validation"] = "dev"
+    """validation: choose on val.jsonl itself, and train on all of train.jsonl. The paper did so on full data, where its
+    scores are better than they would be on examples that were not chosen on. Results say so."""
     tasks: OptionalNames = ()
     """BoolQ, CB, COPA, MultiRC, RTE, WiC, WSC, in any case of letters. All of them if not given."""
     patterns: Path | None = None
@@ -50,9 +65,23 @@ class SuperGlueConfig(RunConfig):
     """Width of packed rows, which hold a passage once for all of its questions. Changes speed and memory, not
     results."""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        tuned = {"p-tuning": "p-tuning+fine-tuning"} if self.tune == "both" else {}
+        return tuple(tuned.get(method, method) for method in self.methods)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         above_zero(self, "limit_examples")
+        if self.tune == "both" and "p-tuning" not in self.methods:
+            raise UsageError("--tune both: says what p-tuning trains; add it to --methods")
+        for option in ("search", "grouped"):
+            if getattr(self, option) and not self.trains_weights:
+                raise UsageError(f"--{option}: is for methods that train the model; add fine-tuning, or --tune both")
+        if self.search and (self.batch_size is not None or self.fine_tuning_rate != SuperGlueConfig.fine_tuning_rate):
+            raise UsageError(
+                "--search: tries batches and learning rates; leave --batch-size and --fine-tuning-rate out"
+            )
         known = {name.lower(): name for name in SUPERGLUE_TASKS}
         for name in self.tasks:
             if name.lower() not in known:

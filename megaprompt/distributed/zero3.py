@@ -17,7 +17,12 @@ from torch import nn
 from megaprompt.distributed.operators import prefer_cpu_without_gpu
 
 
-def shard(model: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> Any:
+def shard(
+    model: nn.Module,
+    config: dict[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    clip: float | None = None,
+) -> Any:
     """Let a module whose parameters came from `load_sharded` gather them while it computes; returns DeepSpeed's engine.
 
     From here on only passes through `model(...)` may touch the parameters, and every rank must make the same number of
@@ -25,12 +30,13 @@ def shard(model: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optim
 
     Args:
         optimizer: of the module's parameters, if they are trained. ZeRO-3 then partitions its state as well.
+        clip: the largest norm of their gradients together.
     """
     prefer_cpu_without_gpu()
     import deepspeed
 
     # Of its own accord DeepSpeed would clip gradients to a norm of 1, and insist on its own Adam in host memory.
-    config = config | {"gradient_clipping": 0.0, "zero_force_ds_cpu_optimizer": False}
+    config = config | {"gradient_clipping": clip or 0.0, "zero_force_ds_cpu_optimizer": False}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     object.__setattr__(model, "engine", engine)  # keeps it alive without making it a submodule
     return engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -48,19 +48,36 @@ class Best:
     Args:
         deciding: names of scores; the first decides, the others among equals.
         first: the score that decides alone where ties count as better.
+        together: the scores none of which may fall where ties are kept.
     """
 
     deciding: tuple[str, ...]
     first: str
+    together: tuple[str, ...]
     scores: dict[str, float] = field(default_factory=dict)
     epoch: int = 0
     kept: Any = None
     stale: int = 0  # how often dev was scored since the first score got better
 
-    def take(self, scores: Mapping[str, float], epoch: int, keep: Callable[[], Any], ties_are_better: bool) -> bool:
-        """Whether these scores are better; if so, they are taken, with what `keep` gives."""
-        if ties_are_better:
+    @classmethod
+    def of(cls, objective: Objective, examples: int) -> Best:
+        """As an objective chooses on so many dev examples."""
+        return cls(objective.deciding(examples), objective.selects[0], objective.together)
+
+    def take(
+        self, scores: Mapping[str, float], epoch: int, keep: Callable[[], Any], ties: Literal["worse", "kept", "better"]
+    ) -> bool:
+        """Whether these scores are better; if so, they are taken, with what `keep` gives.
+
+        Args:
+            ties: among equals the first is the best (worse); or the latest, and patience starts anew (better, as in the
+                paper's code for LAMA) or does not, unless all scores got better (kept, as in its code for SuperGLUE).
+        """
+        if ties == "better":
             better = first_is_better = not self.scores or scores[self.first] >= self.scores[self.first]
+        elif ties == "kept":
+            gained = min(scores[name] - self.scores.get(name, -1.0) for name in self.together)
+            better, first_is_better = gained >= 0, gained > 0
         else:
             new, old = ([those.get(name, -1.0) for name in self.deciding] for those in (scores, self.scores))
             better, first_is_better = new > old, new[0] > old[0]

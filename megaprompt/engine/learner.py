@@ -74,8 +74,15 @@ def name_of(about: Mapping[str, Any]) -> str:
 
 
 def new_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Adam:
-    """Adam as the recipe has it."""
-    return torch.optim.Adam(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    """Adam as the recipe has it. If its weight decay is decoupled, biases and norms (vectors) have none."""
+    if not recipe.decoupled:
+        return torch.optim.Adam(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in parameters:
+        groups[len(getattr(parameter, "ds_shape", parameter.shape)) < 2].append(parameter)  # of ZeRO-3's, as a whole
+    decays = zip(groups, (recipe.weight_decay, 0.0), strict=True)
+    found = [{"params": group, "weight_decay": decay} for group, decay in decays if group]
+    return torch.optim.AdamW(found, recipe.learning_rate, fused=True)
 
 
 class Learner:
@@ -98,7 +105,7 @@ class Learner:
         self.cursor = 0  # instances of the current epoch that were used
         self.step = 0  # finished optimizer steps
         self.loss, self.seen = 0.0, 0  # sum of losses since dev was scored, and over how many instances
-        self.best = Best(data.objective.deciding(len(data.dev)), data.objective.selects[0])
+        self.best = Best.of(data.objective, len(data.dev))
         self.diverged: dict[str, Any] | None = None
         self.dropped: int | None = None
         self.active = recipe.max_epochs > 0
@@ -116,15 +123,14 @@ class Learner:
         """Indices of the next training instances; the order is a function of (seed, task, epoch)."""
         if self.epoch_is_over:
             self.epoch, self.cursor = self.epoch + 1, 0
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.data.task, "epoch", self.epoch))
-        order = torch.randperm(len(self.data.train), generator=generator)
-        batch = order[self.cursor : self.cursor + self.recipe.batch_size].tolist()
+        order = _order(self.data, seed_of(self.seed, self.data.task, "epoch", self.epoch), self.recipe.grouped)
+        batch = order[self.cursor : self.cursor + self.recipe.batch_size]
         self.cursor += len(batch)
         return batch
 
-    @property
-    def learning_rate(self) -> float:
-        return self.recipe.rate(len(self.data.train), self.epoch, self.step)
+    def rate(self, recipe: Recipe | None = None) -> float:
+        """The learning rate of the next step, or that of another recipe."""
+        return (recipe or self.recipe).rate(len(self.data.train), self.epoch, self.step)
 
     @property
     def steps(self) -> int:
@@ -147,10 +153,10 @@ class Learner:
         """Take the losses [batch] of a step, and the step on the parameters' gradients, unless they overflowed."""
         self.loss += losses.mean().item() * len(losses)
         self.seen += len(losses)
+        self.skipped += overflow
         if not overflow:
             self.update()
         elif self.optimizer is not None:
-            self.skipped += 1
             self.optimizer.zero_grad(set_to_none=True)
         self.loss_scale = self.loss_scale.after_step(overflow)
         self.step += 1
@@ -159,13 +165,13 @@ class Learner:
         """One step of Adam."""
         if self.optimizer is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate
+                group["lr"] = self.rate()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
     def retire(self, reason: str) -> dict[str, Any]:
         """Stop, since there is no way to go on; returns the line for the log."""
-        advice = f"lower the learning rate (it is {self.learning_rate:g}), or --dtype float32"
+        advice = f"lower the learning rate (it is {self.rate():g}), or --dtype float32"
         self.diverged = {"step": self.step + 1, "reason": f"{reason} in step {self.step + 1}; {advice}"}
         self.active = False
         if self.optimizer is not None:
@@ -179,14 +185,14 @@ class Learner:
     def take_dev(self, scores: Mapping[str, float], keep: Callable[[], Any]) -> dict[str, Any]:
         """Take scores on dev, and what `keep` gives if they are the best so far; returns the line for the log."""
         epoch = self.epoch + 1  # the one that it is in, or that is just over
-        better = self.best.take(scores, epoch, keep, self.recipe.ties_are_better)
+        better = self.best.take(scores, epoch, keep, self.recipe.ties)
         line = {
             **self.data.about,
             "epoch": epoch,
             "train_loss": self.loss / self.seen,
             **{f"dev_{name}": scores[name] for name in self.data.objective.selects},
             "best": better,
-            "learning_rate": self.learning_rate,
+            "learning_rate": self.rate(),
             "skipped_steps": self.skipped,
         }
         self.loss, self.seen = 0.0, 0
@@ -228,6 +234,17 @@ class Learner:
         for name, module in (("encoder", self.encoder), ("head", self.head), ("optimizer", self.optimizer)):
             if self.active and module is not None:
                 module.load_state_dict(state[name])
+
+
+def _order(data: TrainingSet, seed: int, grouped: bool) -> list[int]:
+    """The training instances of an epoch; if grouped, each group where its first instance would be."""
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed)).tolist()
+    if not grouped:
+        return order
+    groups: dict[Any, list[int]] = {}
+    for i in order:
+        groups.setdefault(i if data.train[i].group is None else data.train[i].group, []).append(i)
+    return [i for group in groups.values() for i in group]
 
 
 def _new_encoder(

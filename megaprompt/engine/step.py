@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from megaprompt.distributed.loss_scale import NO_SCALING
 from megaprompt.engine.learner import Learner
-from megaprompt.engine.passes import Questions, Workplace, backward_passes
+from megaprompt.engine.passes import Questions, Workplace, answers, backward_passes
 from megaprompt.engine.weights import Weights
 from megaprompt.tasks.task import Instance
 
@@ -94,7 +95,8 @@ def train_step(
         prompts = outputs.detach().requires_grad_()
     elif weights is None:  # nothing to train here, but this rank's part of the backbone is still needed
         prompts = torch.zeros(1, at.backbone.hidden_size, device=at.backbone.device, requires_grad=True)
-    losses = _losses(at, batches, prompts, weights)
+    with nullcontext() if weights is None else weights.learning(*_seed(learners[0])):
+        losses = _losses(at, batches, prompts, weights)
     gradient = torch.zeros(0)
     if outputs is not None:
         assert prompts is not None
@@ -102,7 +104,7 @@ def train_step(
         gradient = at.world.sum_(prompts.grad, "gradients")
     overflows, lines = [], []
     for batch, loss in zip(batches, losses, strict=True):
-        overflow = _unscale(at, batch, gradient)
+        overflow = _unscale(at, batch, gradient, weights)
         wrong = not math.isfinite(loss.mean().item())
         if wrong:
             about = {"time": time.time(), "step": number}
@@ -116,6 +118,11 @@ def train_step(
         if batch.learner.active:
             _end_step(batch.learner, loss, overflow, weights, number)
     return lines
+
+
+def _seed(learner: Learner) -> tuple[object, ...]:
+    """What all that is random in a step follows from."""
+    return learner.seed, learner.data.task, learner.step
 
 
 def _losses(at: Workplace, batches: Sequence[_Batch], prompts: Tensor | None, weights: Weights | None) -> list[Tensor]:
@@ -141,22 +148,49 @@ def _passes(at: Workplace, batches: Sequence[_Batch], prompts: Tensor | None, we
     return list(losses.split([len(batch.instances) for batch in batches])) if batches else []
 
 
-def _unscale(at: Workplace, batch: _Batch, gradient: Tensor) -> bool:
+def _unscale(at: Workplace, batch: _Batch, gradient: Tensor, weights: Weights | None) -> bool:
     """Take the loss scale out of the gradients of one task; whether they overflowed."""
+    scale = batch.learner.loss_scale.scale * (1.0 if weights is None else weights.scale)
     learner, parts = batch.learner, [gradient[batch.rows]]
     for parameter in learner.head.parameters() if learner.head is not None else ():
         if parameter.grad is None:  # this rank had no instances of the batch
             parameter.grad = torch.zeros_like(parameter)
         parts.append(at.world.sum_(parameter.grad, "gradients"))
     for part in parts:
-        part.div_(learner.loss_scale.scale)
+        part.div_(scale)
     return learner.loss_scale != NO_SCALING and not all(part.isfinite().all() for part in parts)
 
 
 def _end_step(learner: Learner, loss: Tensor, overflow: bool, weights: Weights | None, number: int) -> None:
     if weights is not None:
-        learner.skipped += weights.step(learner.learning_rate)
+        learner.end_step(loss, weights.step(learner.rate(weights.recipe), learner.parameters))
+        return
     learner.end_step(loss, overflow)
     if overflow:
         about = (learner.data.name, number, learner.loss_scale.scale)
         logger.info("%s: skipped step %d, gradients overflowed; the loss scale is now %g", *about)
+
+
+@torch.no_grad()
+def score_dev(
+    at: Workplace, learners: Sequence[Learner], keep: Callable[[Learner], Any], step: int
+) -> list[dict[str, Any]]:
+    """Score tasks on dev; returns their log lines.
+
+    Args:
+        keep: what is wanted of a learner that is the best so far.
+    """
+    questions, vectors, offset = [], [], 0
+    for learner in learners:
+        dev = numbered_from(learner.data.dev, offset)
+        questions.append(Questions(dev, learner.data.objective, learner.head))
+        offset += learner.data.num_pseudo_tokens
+        if learner.encoder is not None:
+            vectors.append(learner.encoder())
+    found = answers(at, questions, torch.cat(vectors) if vectors else None)
+    lines = []
+    for learner, one in zip(learners, found, strict=True):
+        scores = learner.data.objective.measure(one, learner.data.dev)
+        line = learner.take_dev(scores, lambda learner=learner: keep(learner))  # type: ignore[misc]
+        lines.append({"time": time.time(), "step": step, **line})
+    return lines

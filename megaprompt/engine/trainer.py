@@ -5,14 +5,14 @@ A *step* (see `step`) gives every task that is still active one optimizer step o
 has only the encoders of its own group's tasks, and shares gradients with the replicas of its group only.
 
 Differences from the paper's code, on purpose: the backbone stays in evaluation mode (no dropout), so runs repeat and
-packing is exact; the loss is taken at the output just before the answer, for training and ranking alike; the test
-split is read with what was best on dev, only.
+packing is exact, unless its weights are trained by a recipe with dropout, which depends on the size of passes; the loss
+is taken at the output just before the answer, for training and ranking alike; the test split is read with what was best
+on dev, only.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +24,9 @@ from megaprompt.distributed.loss_scale import NO_SCALING, LossScale
 from megaprompt.distributed.world import World
 from megaprompt.engine.halving import Halving
 from megaprompt.engine.learner import Learned, Learner, TrainingSet, name_of
-from megaprompt.engine.passes import Questions, Workplace, answers, with_trunks
+from megaprompt.engine.passes import Workplace, with_trunks
 from megaprompt.engine.schedule import assign
-from megaprompt.engine.step import numbered_from, train_step
+from megaprompt.engine.step import score_dev, train_step
 from megaprompt.engine.weights import Weights
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.packing import PassSize
@@ -114,25 +114,6 @@ class Trainer:
         self.step += 1
         return train_step(self.at, [each for each in self.learners if each.active], self.weights, self.step)
 
-    @torch.no_grad()
-    def _score_dev(self) -> list[dict[str, Any]]:
-        """Score this group's tasks on dev whose time it is; returns their log lines."""
-        ended = [learner for learner in self.learners if learner.dev_is_due]
-        questions, vectors, offset = [], [], 0
-        for learner in ended:
-            dev = numbered_from(learner.data.dev, offset)
-            questions.append(Questions(dev, learner.data.objective, learner.head))
-            offset += learner.data.num_pseudo_tokens
-            if learner.encoder is not None:
-                vectors.append(learner.encoder())
-        found = answers(self.at, questions, torch.cat(vectors) if vectors else None)
-        lines = []
-        for learner, one in zip(ended, found, strict=True):
-            scores = learner.data.objective.measure(one, learner.data.dev)
-            line = learner.take_dev(scores, lambda learner=learner: self._keep(learner))  # type: ignore[misc]
-            lines.append({"time": time.time(), "step": self.step, **line})
-        return lines
-
     def _share(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Log lines of all groups, in the order of the tasks."""
         everywhere = self.at.everyone.gather(lines if self.at.world.rank == 0 else [])
@@ -170,7 +151,8 @@ class Trainer:
                     logger.warning("%s is retired: %s", line["relation"], line["diverged"])
                     hooks.log(line)
             if some_ended:
-                for line in self._share(self._score_dev()):
+                due = [learner for learner in self.learners if learner.dev_is_due]
+                for line in self._share(score_dev(self.at, due, self._keep, self.step)):
                     hooks.log(line)
             for line in self._drop(self._halving.weak(self.step, self.stopped_after)):
                 hooks.log(line)

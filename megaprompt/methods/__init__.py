@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from megaprompt.config import ProbeConfig, RunConfig, SuperGlueConfig
+from megaprompt.config import ProbeConfig, SuperGlueConfig
 from megaprompt.methods.autoprompt import AutoPrompt, Search
 from megaprompt.methods.best_manual import BestManual
 from megaprompt.methods.discrete import Discrete, DiscretePrompt
@@ -15,7 +15,8 @@ from megaprompt.methods.manual import Manual
 from megaprompt.methods.method import Method
 from megaprompt.methods.p_tuning import UNTRAINED, PTuning
 from megaprompt.methods.wordings import Wordings
-from megaprompt.prompting.recipe import RECIPES, chosen
+from megaprompt.prompting.recipe import RECIPES, Tuning, chosen, chosen_tuning
+from megaprompt.tasks.superglue.recipes import BATCH_SIZES, LEARNING_RATES, paper_tuning
 from megaprompt.tasks.task import Task
 
 Prompts = Mapping[str, Sequence[DiscretePrompt]]
@@ -41,9 +42,7 @@ def chosen_methods(
         wanted.add("best-manual")
     if "best" in wanted:
         wanted |= {*UNTRAINED, "p-tuning"}
-    methods = _shared(config)
-    if most > 1:
-        methods["manual"] = Wordings(most)
+    methods: dict[str, Method] = {"manual": Manual() if most == 1 else Wordings(most), "in-context": InContext()}
     recipe = chosen(RECIPES[config.recipe], config.recipe_options())
     methods["best-manual"] = BestManual({name: [one.text for one in prompts] for name, prompts in wordings.items()})
     methods["p-tuning"] = PTuning(
@@ -58,6 +57,9 @@ def chosen_methods(
     for name, prompts in discrete.items():
         methods[name] = Discrete(name, {task: prompts.get(task, ()) for task in tasks})
     methods["autoprompt"] = AutoPrompt(Search(config.autoprompt_steps), config.template)
+    tuning = chosen(RECIPES["fine-tuning"], config.fine_tuning_options())
+    for name in ("fine-tuning", "manual+fine-tuning"):
+        methods[name] = FineTuning(name, lambda task: {"": Tuning(tuning, tuning)})
     order = ("manual", "best-manual", "in-context", "p-tuning", *discrete, "autoprompt")
     order += ("fine-tuning", "manual+fine-tuning")
     return [Majority(), *(methods[name] for name in order if name in wanted)]
@@ -65,17 +67,27 @@ def chosen_methods(
 
 def superglue_methods(config: SuperGlueConfig) -> list[Method]:
     """The methods that were asked for, in the order in which they run."""
-    return [Majority(), *(method for name, method in _shared(config).items() if name in config.methods)]
-
-
-def _shared(config: RunConfig) -> dict[str, Method]:
-    """The methods that every kind of question has, by name."""
     recipe = chosen(RECIPES[config.recipe], config.recipe_options())
-    tuning_recipe = chosen(RECIPES["fine-tuning"], config.fine_tuning_options())
-    return {
+    methods: dict[str, Method] = {
         "manual": Manual(),
         "in-context": InContext(),
         "p-tuning": PTuning(recipe, config.encoder, groups=config.relation_groups),
-        "fine-tuning": FineTuning(tuning_recipe, manual=False),
-        "manual+fine-tuning": FineTuning(tuning_recipe, manual=True),
+    }
+    for name in ("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning"):
+        methods[name] = FineTuning(name, lambda task: _tunings(config, task), config.encoder)
+    return [Majority(), *(method for name, method in methods.items() if name in config.columns)]
+
+
+def _tunings(config: SuperGlueConfig, task: str) -> dict[str, Tuning]:
+    """With which recipes a task is learned where the model is tuned, by what tells them apart."""
+    paper, both = paper_tuning(task, config.setting), {"grouped": config.grouped}
+    weights, prompts = ({**options, **both} for options in (config.fine_tuning_options(), config.recipe_options()))
+    if not config.search:
+        return {"": chosen_tuning(paper, weights, prompts)}
+    return {
+        f"learning rate {rate:g}, batches of {batch}": chosen_tuning(
+            paper, {**weights, "learning_rate": rate, "batch_size": batch}, {**prompts, "batch_size": batch}
+        )
+        for rate in LEARNING_RATES
+        for batch in BATCH_SIZES
     }

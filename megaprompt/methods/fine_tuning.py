@@ -1,23 +1,35 @@
-"""Fine-tuning: the baselines that train the whole language model on one task (the paper's Table 2, FT and MP+FT).
+"""Fine-tuning: the whole language model is trained on one task, alone or together with a prompt.
 
-Examples, packing, loss, data order, early stopping and evaluation are those of the prompts; only what is trained
+Examples, packing, loss, data order, early stopping and evaluation are those of frozen models; only what is trained
 differs. The model goes back to its original weights for every task, so it is loaded anew each time. The best model on
-dev counts. Its weights are too many to keep: its answers on test are taken while it is the best.
+dev counts, and answers test; it is not written down.
 
-As with prompts, and unlike in the paper's code, there is no dropout.
+On LAMA (the paper's Table 2, FT and MP+FT) there is no dropout, unlike in the paper's code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from megaprompt.engine.learner import TrainingSet
+from torch import Tensor
+
+from megaprompt.backbone import Backbone
+from megaprompt.engine.best import Prompt
+from megaprompt.engine.learner import Learner, TrainingSet
 from megaprompt.engine.passes import Questions, answers
 from megaprompt.engine.trainer import Trainer
 from megaprompt.engine.weights import Weights
 from megaprompt.methods.method import Context, Scored, ShouldStop
-from megaprompt.prompting.recipe import Recipe
-from megaprompt.tasks.task import Task
+from megaprompt.prompting.prompt_encoder import EncoderKind
+from megaprompt.prompting.recipe import Tuning
+from megaprompt.prompting.template import Template
+from megaprompt.tasks.objective import Answers
+from megaprompt.tasks.task import Instance, Task
+
+_PROMPTS = {"fine-tuning": "", "manual+fine-tuning": "manual", "p-tuning+fine-tuning": "learned"}
+"""The prompt of each column; none if the model gets the fields alone."""
 
 
 @dataclass(frozen=True)
@@ -25,48 +37,121 @@ class FineTuning:
     """Train the model on each task, and score the best model on test.
 
     Args:
-        manual: ask with the manual prompt; else the model gets the fields alone.
+        column: fine-tuning, manual+fine-tuning, or p-tuning+fine-tuning, which trains the prompt encoder as well.
+        recipes: of a task, by name: those that are tried, of which the best on dev counts.
     """
 
-    recipe: Recipe
-    manual: bool
+    column: str
+    recipes: Callable[[str], Mapping[str, Tuning]]
+    encoder: EncoderKind = "lstm"
 
     @property
     def columns(self) -> tuple[str]:
-        return ("manual+fine-tuning" if self.manual else "fine-tuning",)
+        return (self.column,)
 
     def check(self, context: Context) -> None:
         for task in context.tasks.values():
-            self._asked(task).must_be_learnable(self.columns[0])
-            if self.manual:
-                _ = task.manual_template
+            task, template = self._asked(task)
+            task.must_be_learnable(self.column)
+            for example in task.examples["test"][:1]:  # finds a template that does not suit the backbone
+                task.instance(example, template)
 
-    def _asked(self, task: Task) -> Task:
-        return task if self.manual else task.way("alone")
+    def _asked(self, task: Task) -> tuple[Task, Template]:
+        match _PROMPTS[self.column]:
+            case "manual":
+                return task, task.manual_template
+            case "learned":
+                task = task.way("learned")
+                assert task.learned is not None
+                return task, task.template(task.learned)
+            case _:
+                task = task.way("alone")
+                return task, task.bare_template
 
     def run(self, context: Context) -> None:
-        [column] = self.columns
-
         def score(task: Task, should_stop: ShouldStop) -> dict[str, Scored]:
-            task = self._asked(task)
-            template = task.manual_template if self.manual else task.bare_template
-            train = task.training_instances(template)
-            dev, test = task.instances("dev", template), task.instances("test", template)
-            data = TrainingSet(task.name, task.objective, 0, train, dev)
-            with context.trainable_backbone() as (backbone, deepspeed):
-                trainer = Trainer(
-                    backbone,
-                    [data],
-                    self.recipe,
-                    seed=context.seed,
-                    size=context.size,
-                    world=context.world,
-                    weights=Weights(backbone, self.recipe, context.world, deepspeed),
-                    keep=lambda learner: answers(trainer.at, [Questions(test, task.objective, learner.head)], None)[0],
-                )
-                with context.train_one(column, task, should_stop, task.objective.items) as hooks:
-                    found = trainer.train(hooks)[task.name]
-            row = context.row(task, template, found.dev, epochs=found.epochs, diverged=found.diverged)
-            return {column: Scored(row, found.kept, task)}
+            way, template = self._asked(task)
+            one = _OneTask(context, self, way, template, should_stop)
+            recipes = self.recipes(task.name)
+            several = len(recipes) > 1
+
+            def learn(name: str, tuning: Tuning) -> dict[str, Any]:
+                if not several:
+                    return one.learn(tuning)
+                return context.kept(f"{self.column}/{task.name}/{name}", lambda: one.learn(tuning, name))
+
+            found = {name: learn(name, tuning) for name, tuning in recipes.items()}
+            learned = {name: each for name, each in found.items() if each["answers"] is not None} or found
+            evidence = {name: _evidence(way, each["dev"]) for name, each in learned.items()}
+            chosen = max(evidence, key=lambda name: evidence[name])  # the first among equals
+            best = found[chosen]
+            row = context.row(way, template, best["dev"], epochs=best["epochs"], diverged=best["diverged"])
+            if several:
+                row |= {"chosen": chosen, "tried": [{"name": name, **each["dev"]} for name, each in learned.items()]}
+            return {self.column: Scored(row, best["answers"], way)}
 
         context.each_task(self.columns, score, own_progress=True)
+
+
+def _evidence(task: Task, dev: Mapping[str, float]) -> list[float]:
+    return task.objective.evidence(dev, len(task.examples["dev"])) if dev else []
+
+
+class _Kept(NamedTuple):
+    """Of the best model on dev: what was trained beside it, and its weights, or where there is no copy its answers."""
+
+    prompt: Prompt
+    weights: list[Tensor] | None
+    answers: Answers | None
+
+
+@dataclass(frozen=True)
+class _OneTask:
+    """What is learned of one task, by one recipe or several."""
+
+    context: Context
+    method: FineTuning
+    task: Task
+    template: Template
+    should_stop: ShouldStop
+
+    def learn(self, tuning: Tuning, candidate: str = "") -> dict[str, Any]:
+        """Train the model; `dev`, `epochs` and `diverged` as results have them, and `answers` on test, None without."""
+        context, task, template = self.context, self.task, self.template
+        train, dev, test = task.training_instances(template), *(task.instances(s, template) for s in ("dev", "test"))
+        pseudo_tokens, objective = template.num_pseudo_tokens, task.objective
+        beside = tuning.prompts if pseudo_tokens else tuning.weights  # a head is a part of the model
+        data = TrainingSet(task.name, objective, pseudo_tokens, train, dev, candidate=candidate)
+        with context.trainable_backbone() as (backbone, deepspeed):
+            weights = Weights(backbone, tuning.weights, context.world, deepspeed)
+
+            def keep(learner: Learner) -> _Kept:
+                copy = weights.copy()
+                found = self._answers(trainer, test, learner.prompt(), backbone) if copy is None else None
+                return _Kept(learner.prompt(), copy, found)
+
+            trainer = Trainer(
+                backbone,
+                [data],
+                beside,
+                encoder=self.method.encoder,
+                seed=context.seed,
+                size=context.size,
+                world=context.world,
+                weights=weights,
+                keep=keep,
+            )
+            with context.train_one(
+                self.method.column, task, self.should_stop, objective.items, candidate=candidate
+            ) as hooks:
+                found = trainer.train(hooks)[data.name]
+            said = None if found.kept is None else found.kept.answers
+            if found.kept is not None and found.kept.weights is not None:
+                weights.put_back(found.kept.weights)
+                said = self._answers(trainer, test, found.kept.prompt, backbone)
+        return {"dev": found.dev, "epochs": found.epochs, "diverged": found.diverged, "answers": said}
+
+    def _answers(self, trainer: Trainer, test: list[Instance], prompt: Prompt, backbone: Backbone) -> Answers:
+        vectors = prompt.vectors.to(backbone.device) if self.template.num_pseudo_tokens else None
+        head = prompt.head_for(self.task.objective, backbone)
+        return answers(trainer.at, [Questions(test, self.task.objective, head)], vectors)[0]

@@ -79,6 +79,9 @@ class Context(Protocol):
     def once(self, name: str, find: Callable[[], int]) -> int:
         """What was found the first time in this run, also after an interruption."""
 
+    def kept(self, name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Likewise, of what may hold tensors; the name may be a path."""
+
     def each_task(
         self,
         columns: Sequence[str],
@@ -111,9 +114,9 @@ class Context(Protocol):
         call of its own, after the one before has been scored."""
 
     def train_one(
-        self, method: str, task: Task, should_stop: ShouldStop, unit: str = "examples"
+        self, method: str, task: Task, should_stop: ShouldStop, unit: str = "examples", candidate: str = ""
     ) -> AbstractContextManager[Hooks]:
-        """Log and progress of a method that trains one task after the other, each from its start."""
+        """Log and progress of a method that trains one task, or candidate, after the other, each from its start."""
 
     def save_prompt(
         self, method: str, task: Task, template: Template, dev: Scores, *, before: str = "", kept: Prompt | None = None

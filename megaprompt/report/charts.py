@@ -30,13 +30,15 @@ _COLORS = {  # Okabe and Ito's palette, readable with every kind of colour visio
     "autoprompt": "#333333",
     "fine-tuning": "#56B4E9",
     "manual+fine-tuning": "#009E73",
+    "p-tuning+fine-tuning": "#332288",
     "p-tuning": "#0072B2",
     "best": "#D55E00",
 }
 _MORE_COLORS = ("#117733", "#AA4499", "#000000")  # of Paul Tol's, as two above, for methods not known here
 _MARKERS = {"majority": "|", "manual": "s", "lpaqa": "D", "autoprompt": "^", "p-tuning": "o", "best": "*"}
 _MARKERS |= {"best-manual": "p", "in-context": "X", "fine-tuning": "v", "manual+fine-tuning": "<"}
-_MORE_MARKERS = "P>hd"
+_MARKERS |= {"p-tuning+fine-tuning": ">"}
+_MORE_MARKERS = "Phd"
 _DEV_COLOR, _LOSS_COLOR = "#0072B2", "#D55E00"
 
 

@@ -61,6 +61,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         scoring=Scoring.of(results),
         gain=has_gain(results),
         lead_of=lead_of,
+        curves_of=_curves(found)[0],
         backbone_name=backbone_name,
         controls=control_sections(table),
         about=data_and_vocabulary(results),
@@ -92,15 +93,25 @@ def _run_figures(run: Run) -> dict[str, Figure]:
         for number, part in enumerate(page_parts(list(about), scores_per_page(methods)), 1):
             data = {**results["data"], "relations": {name: about[name] for name in part}}
             figures[_numbered("scores", number)] = scores_chart({**results, "data": data})
-    # Methods that fine-tune and other candidates log lines of their own; the curves are those of p-tuning.
-    log = [line for line in run.log if "epoch" in line and line.get("method", "p-tuning") == "p-tuning"]
-    log = [line for line in log if not line.get("candidate")]
+    _, log = _curves(run)
     logged = {line["relation"] for line in log}
     names = [name for name in dict.fromkeys([*about, *logged]) if name in logged]
     for number, part in enumerate(page_parts(names, LEARNING_PER_PAGE), 1) if names else ():
         lines = [line for line in log if line["relation"] in part]
         figures[_numbered("learning_curves", number)] = learning_chart(results, lines)
     return figures
+
+
+def _curves(run: Run) -> tuple[str, list[dict[str, Any]]]:
+    """The method whose curves are shown, of those that learn prompts, and its lines of the log.
+
+    Those of candidates would stand above each other.
+    """
+    for method in ("p-tuning", "p-tuning+fine-tuning"):
+        lines = [line for line in run.log if "epoch" in line and line.get("method", "p-tuning") == method]
+        if lines := [line for line in lines if not line.get("candidate")]:
+            return method, lines
+    return "", []
 
 
 def _numbered(name: str, number: int) -> str:

@@ -6,23 +6,27 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from megaprompt.config import ProbeConfig
+from megaprompt.config import ProbeConfig, SuperGlueConfig
 from megaprompt.report.runs import Run, backbone_name
 
 _OF_ALL_TRAINING = ("recipe", "batch_size", "max_epochs", "max_steps", "patience")
 _OF_PROMPTS = ("template", "encoder", "init", "learning_rate", "weight_decay", *_OF_ALL_TRAINING)
+_OF_WEIGHTS = ("fine_tuning_rate", "search", "grouped", *_OF_ALL_TRAINING[1:])
 _SETTINGS = {
     "best-manual": ("wordings",),
     "in-context": (),
     "p-tuning": _OF_PROMPTS,
     "best": (*_OF_PROMPTS, "wordings", "candidates"),
     "autoprompt": ("template", "autoprompt_steps"),
-    "fine-tuning": ("fine_tuning_rate", *_OF_ALL_TRAINING[1:]),
-    "manual+fine-tuning": ("fine_tuning_rate", *_OF_ALL_TRAINING[1:]),
+    "fine-tuning": _OF_WEIGHTS,
+    "manual+fine-tuning": _OF_WEIGHTS,
+    "p-tuning+fine-tuning": ("encoder", "learning_rate", "weight_decay", *_OF_WEIGHTS),
 }
 """Options that change what a method gives. The others are the same for all runs of a table, or change no results."""
 
-_DEFAULTS: dict[str, Any] = {option.name: option.default for option in dataclasses.fields(ProbeConfig)}
+_DEFAULTS: dict[str, Any] = {
+    option.name: option.default for kind in (SuperGlueConfig, ProbeConfig) for option in dataclasses.fields(kind)
+}
 """For a config.yaml of a version that did not know an option yet."""
 
 Settings = dict[str, dict[str, Any]]  # backbone, facts, and each method that has settings -> options
@@ -63,7 +67,9 @@ def _settings(run: Run) -> Settings:
             "weights": run.control or backbone["fingerprint"],  # random ones are others with every seed
             "dtype": backbone["dtype"],
         },
-        "facts": {key: options.get(key) for key in ("limit_facts", "limit_examples", "setting", "patterns")},
+        "facts": {
+            key: options.get(key) for key in ("limit_facts", "limit_examples", "setting", "select_on", "patterns")
+        },
     }
     if options["limit_facts"] is not None:
         settings["facts"]["data_seed"] = options["data_seed"]

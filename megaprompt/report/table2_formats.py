@@ -22,6 +22,7 @@ from megaprompt.report.table2 import AVERAGES, Average, BackboneRow, Cell, Table
 from megaprompt.report.tables import MARK, lead_of, methods_in_order
 
 HEADINGS = {"manual": "MP", "fine-tuning": "FT", "manual+fine-tuning": "MP+FT", "p-tuning": "P-tuning"}
+HEADINGS |= {"p-tuning+fine-tuning": "P-tuning+FT"}
 HEADINGS |= {"lpaqa": "LPAQA", "e-bert": "E-BERT", "autoprompt": "AutoPrompt", "best-manual": "best MP"}
 """What the paper calls the methods."""
 _GAINS = ("p-tuning", "best")  # beside whose scores stands what they gain over manual prompts
@@ -111,6 +112,7 @@ def legend(table: Table2) -> list[str]:
     names = {"manual": "MP: manual prompts", "best-manual": "best MP: of several manual prompts the best on dev"}
     names |= {"in-context": f"in-context: training {items} before the question, as many as is best on dev"}
     names |= {"fine-tuning": f"FT: fine-tuning, {given}", "manual+fine-tuning": "MP+FT: fine-tuning with MP"}
+    names |= {"p-tuning+fine-tuning": "P-tuning+FT: P-tuning with the model tuned as well; P-tuning: with it frozen"}
     names |= {"best": f"best: for each {group} what is best on dev of all that was tried"}
     used = [text for method, text in names.items() if any(method in (*row.cells, *row.cited) for row in table.rows)]
     sentences = ["; ".join(used) + "."] if used else []

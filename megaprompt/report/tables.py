@@ -17,7 +17,8 @@ from megaprompt.report.runs import Scoring, as_schema_2, backbone_name, divergen
 from megaprompt.report.wordings import notes_of_answers
 
 WRITTEN = ("majority", "manual", "best-manual", "in-context", "lpaqa", "e-bert")
-SEARCHED = ("autoprompt", "fine-tuning", "manual+fine-tuning", "p-tuning", "best")
+SEARCHED = ("autoprompt", "fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning", "p-tuning", "best")
+_LEARNED = ("best", "p-tuning", "p-tuning+fine-tuning")
 MARK = " ‡"
 """Behind scores of a relation whose training diverged, and averages over fewer relations than there are."""
 FEW = " §"
@@ -37,9 +38,10 @@ def methods_in_order(methods: Iterable[str]) -> list[str]:
 
 
 def lead_of(methods: Iterable[str]) -> str | None:
-    """The learned prompts that sentences and gains are about: `best`, else p-tuning; None if there are neither."""
+    """The learned prompts that sentences and gains are about: `best`, else p-tuning, with the model frozen if there are
+    both; None if there are none."""
     methods = set(methods)
-    return next((method for method in ("best", "p-tuning") if method in methods), None)
+    return next((method for method in _LEARNED if method in methods), None)
 
 
 def leaders(scores: Mapping[str, float]) -> set[str]:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,3 +145,34 @@ def _verified_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise MegapromptError(f"{path} is damaged ({error})") from error
     return manifest
+
+
+class Parts:
+    """What was found of parts of tasks, until the run is complete: files in its directory.
+
+    All ranks make the same calls.
+    """
+
+    def __init__(self, run: Path, world: World) -> None:
+        self._directory, self._world = run / "state" / "parts", world
+
+    def once(self, name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was found the first time, tensors and JSON-ready values.
+
+        Raises:
+            MegapromptError: it cannot be written.
+        """
+        path = self._directory / f"{name}.pt"
+        if self._world.gather(path.exists())[0]:
+            return torch.load(path, weights_only=True, map_location="cpu")
+        found = find()
+        if self._world.is_main:
+            buffer = io.BytesIO()
+            torch.save(found, buffer)
+            write_file(path, buffer.getvalue())
+        return found
+
+    def forget(self) -> None:
+        """Delete them."""
+        if self._world.is_main:
+            shutil.rmtree(self._directory, ignore_errors=True)

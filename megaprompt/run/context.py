@@ -23,6 +23,7 @@ from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.template import Template
 from megaprompt.report.html import write_report
 from megaprompt.run.averages import summarize
+from megaprompt.run.checkpoints import Parts
 from megaprompt.run.directory import RunDirectory
 from megaprompt.run.environment import peak_memory
 from megaprompt.run.interruption import stop_signals
@@ -67,8 +68,6 @@ class RunContext:
     def loss_scale(self) -> LossScale:
         return self.half_precision_scale if self.backbone.model.dtype == torch.float16 else NO_SCALING
 
-    # --------------------------------------------------------------------------------------------------------- asking
-
     def at(self, task: Task) -> Workplace:
         return Workplace.shared(self.backbone, self.size, self.world, task.objective)
 
@@ -95,14 +94,8 @@ class RunContext:
         finally:
             self.release(backbone)
 
-    # -------------------------------------------------------------------------------------------------------- results
-
     def row(self, task: Task, template: Template, dev: Scores | None = None, **more: Any) -> dict[str, Any]:
-        score = next(iter(task.objective.metrics))
-        row = {"type": task.type, "facts": len(task.examples["test"]), "epochs": None, "template": template.text}
-        row[f"dev_{score}"] = dev[score] if dev else None
-        row["dev"] = dict(dev) if dev else None
-        return row | {name: value for name, value in more.items() if name != "diverged" or value is not None}
+        return _row(task, template, dev) | {name: x for name, x in more.items() if name != "diverged" or x is not None}
 
     def save(self, report: bool = True) -> None:
         """Write the results so far, and the report."""
@@ -133,18 +126,18 @@ class RunContext:
                 if self.world.max_(torch.tensor(int(should_stop())), "schedule"):
                     raise Interrupted(f"interrupted before {name}; continue with --resume")
                 for column, (row, found, way) in score(self.tasks[name], should_stop).items():
-                    rows[column][name] = row | self._measured(column, way or self.tasks[name], found)
+                    own = self.run if self.world.is_main else None
+                    rows[column][name] = row | _measured(own, column, way or self.tasks[name], found)
                 self.save(report=False)
                 update(number)
-        if not all(self.is_scored(columns, name) for name in self.tasks):
-            return rows
-        for column in columns:
-            self.baseline(column, {name: rows[column][name] for name in self.tasks})
-            self.results["timing"][column] = {"seconds": time.monotonic() - start}
-            del unfinished[column]
-        if not unfinished:
-            del self.results["unfinished"]
-        self.save()
+        if all(self.is_scored(columns, name) for name in self.tasks):
+            for column in columns:
+                self.baseline(column, {name: rows[column][name] for name in self.tasks})
+                self.results["timing"][column] = {"seconds": time.monotonic() - start}
+                del unfinished[column]
+            if not unfinished:
+                del self.results["unfinished"]
+            self.save()
         return rows
 
     def rows(self, column: str) -> Mapping[str, dict[str, Any]]:
@@ -160,29 +153,23 @@ class RunContext:
             self.save(report=False)
         return int(self.results[name])
 
+    def kept(self, name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return Parts(self.run.path, self.world).once(name, find)
+
     def baseline(self, column: str, rows: Mapping[str, dict[str, Any]]) -> None:
         self.results["methods"][column] = {"relations": rows, **summarize(rows, list(self.results["metrics"]))}
-
-    def _measured(self, column: str, task: Task, found: Answers | None) -> dict[str, float | None]:
-        """The metrics of answers on test, which are written down."""
-        if found is not None and self.world.is_main:
-            _write_down(self.run, column, task, found)
-        return dict.fromkeys(task.objective.metrics) if found is None else dict(self.measure(task, "test", found))
-
-    # ------------------------------------------------------------------------------------------------------- training
 
     def train(self, method: str, trainer: Trainer, wave: int = 1) -> dict[str, Learned]:
         where = (self.run, self.world, self.status, self.results, self.resume)
         return train_resumably(method, trainer, *where, wave=wave)
 
     def train_one(
-        self, method: str, task: Task, should_stop: ShouldStop, unit: str = "examples"
+        self, method: str, task: Task, should_stop: ShouldStop, unit: str = "examples", candidate: str = ""
     ) -> AbstractContextManager[Hooks]:
-        title = f"{method} {task.name} ({list(self.tasks).index(task.name) + 1} of {len(self.tasks)})"
-        if self.world.is_main:
-            self.run.forget(method, task.name)
-        shown = progress(title, len(task.examples["train"]), self.world.is_main, unit)
-        return one_after_the_other(method, shown, should_stop, run=self.run, world=self.world, status=self.status)
+        place = f"{list(self.tasks).index(task.name) + 1} of {len(self.tasks)}{', ' * bool(candidate)}{candidate}"
+        shown = progress(f"{method} {task.name} ({place})", len(task.examples["train"]), self.world.is_main, unit)
+        about = (method, task.name, candidate)
+        return one_after_the_other(about, shown, should_stop, self.run, self.world, self.status)
 
     def save_prompt(
         self, method: str, task: Task, template: Template, dev: Scores, *, before: str = "", kept: Prompt | None = None
@@ -195,6 +182,21 @@ class RunContext:
     def save_templates(self, name: str, templates: Mapping[str, str]) -> None:
         if self.world.is_main:
             self.run.write_templates(name, templates)
+
+
+def _row(task: Task, template: Template, dev: Scores | None) -> dict[str, Any]:
+    score = next(iter(task.objective.metrics))
+    about = {"type": task.type, "facts": len(task.examples["test"]), "epochs": None, "template": template.text}
+    return about | {f"dev_{score}": dev[score] if dev else None, "dev": dict(dev) if dev else None}
+
+
+def _measured(run: RunDirectory | None, column: str, task: Task, found: Answers | None) -> dict[str, float | None]:
+    """The metrics of answers on test, which are written down on one rank."""
+    if found is None:
+        return dict.fromkeys(task.objective.metrics)
+    if run is not None:
+        _write_down(run, column, task, found)
+    return dict(task.objective.measure(found, task.examples["test"]))
 
 
 def _write_down(run: RunDirectory, column: str, task: Task, found: Answers) -> None:

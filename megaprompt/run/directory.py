@@ -9,6 +9,7 @@ evaluations/NAME.json       scores of the prompts on other facts (`megaprompt ev
 predictions/P36.jsonl       subject, object, rank and best answers per fact and method
 submission/manual/CB.jsonl  the answers of a method in the data's own format, if it has one
 state/step-00000150/        a checkpoint of training: one file per relation, and a manifest with their checksums
+state/parts/                what a search has found so far, until the run is complete
 autoprompt.jsonl            prompts that AutoPrompt found, for `--discrete`
 log.jsonl, tensorboard/     one line for each time that a relation is scored on dev; what was tried and chosen of each
 report.html, *.png          see `report`
@@ -21,7 +22,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,19 @@ class RunDirectory:
         path = self.path / "log.jsonl"
         return path.stat().st_size if path.exists() else 0
 
-    def forget(self, method: str, *tasks: str) -> None:
-        """Leave out the log lines of a method about tasks, which are done again from their start. (Those of p-tuning
-        name no method.)"""
+    def forget_training(self, tasks: Collection[str]) -> None:
+        """Leave out the log lines of prompts that were learned for tasks, which name no method."""
+        self._keep(lambda line: "method" in line or line["relation"] not in tasks)
+
+    def forget(self, method: str, task: str, candidate: str | None = "") -> None:
+        """Leave out the log lines of a method about a task and candidate (none if it has no name): it is done again
+        from its start. Or, if None, those about what was chosen."""
+        about = (method, task, candidate)
+        self._keep(lambda line: (line.get("method"), line["relation"], _candidate_of(line)) != about)
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         lines = self.read_log()
-        kept = [line for line in lines if line.get("method", "") != method or line["relation"] not in tasks]
+        kept = [line for line in lines if wanted(line)]
         if len(kept) < len(lines):
             write_file(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
 
@@ -142,7 +151,7 @@ class RunDirectory:
         for method, found in methods.items():
             for relation, row in found["relations"].items():
                 if tried := row.get("tried"):
-                    self.forget(method, relation)
+                    self.forget(method, relation, None)
                     chosen = row.get("chosen", tried[0])
                     about = {"time": time.time(), "method": method, "relation": relation}
                     self.append_log(about | {"chosen": chosen, "tried": tried})
@@ -151,6 +160,10 @@ class RunDirectory:
         """Forget log lines after `size` bytes: they belong to steps that will be taken again."""
         if self.log_size() > size:
             os.truncate(self.path / "log.jsonl", size)
+
+
+def _candidate_of(line: Mapping[str, Any]) -> str | None:
+    return None if "tried" in line else line.get("candidate", "")
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

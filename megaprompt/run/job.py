@@ -25,6 +25,7 @@ from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.methods.method import Method
 from megaprompt.prompting.packing import PassSize
 from megaprompt.resources.plan import bytes_of_pass
+from megaprompt.run.checkpoints import Parts
 from megaprompt.run.context import RunContext
 from megaprompt.run.directory import SCHEMA, RunDirectory
 from megaprompt.run.environment import environment
@@ -34,8 +35,6 @@ from megaprompt.tasks.lama.questions import AskFor
 from megaprompt.tasks.task import SPLITS, Task
 
 logger = logging.getLogger(__name__)
-
-_FINE_TUNING = {"fine-tuning", "manual+fine-tuning"}
 
 
 def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
@@ -123,6 +122,7 @@ def run_methods(context: RunContext, methods: Sequence[Method]) -> dict[str, Any
         context.run.log_choices(results["methods"])
     results["complete"] = True
     context.save()
+    Parts(context.run.path, context.world).forget()
     context.world.barrier()
     return results
 
@@ -167,9 +167,9 @@ def _dtype(config: RunConfig, deepspeed: DeepSpeedSettings, world: World) -> tor
     if None not in (config.dtype, deepspeed.dtype) and getattr(torch, config.dtype or "") != deepspeed.dtype:
         raise UsageError(f"--dtype {config.dtype}: {config.deepspeed} says {deepspeed.dtype}; leave one of them out")
     half = config.dtype in ("float16", "bfloat16") or deepspeed.dtype is not None
-    if _FINE_TUNING & set(config.methods) and half and deepspeed.sharding is None:
+    if config.trains_weights and half and deepspeed.sharding is None:
         raise UsageError(
-            "--methods fine-tuning in half precision needs ZeRO-3's float32 copies of the weights: give --deepspeed "
+            "fine-tuning in half precision needs ZeRO-3's float32 copies of the weights: give --deepspeed "
             "ds_configs/zero3_bf16.json, or --dtype float32 (the default for fine-tuning without --deepspeed)"
         )
     return deepspeed.dtype or dtype_of(config.dtype, world.device)

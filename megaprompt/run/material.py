@@ -130,12 +130,18 @@ class SuperGlue:
         self.config = config
         self.patterns = read_patterns(config.patterns)
         self.data = read_superglue(
-            Path(config.data), config.setting, config.tasks, limit=config.limit_examples, seed=config.data_seed
+            Path(config.data),
+            config.setting,
+            config.tasks,
+            select_on=config.select_on,
+            limit=config.limit_examples,
+            seed=config.data_seed,
         )
 
     @property
     def name(self) -> str:
-        return f"SuperGLUE ({self.config.setting})"
+        chosen = ", chosen on the validation set" * (self.config.select_on == "validation")
+        return f"SuperGLUE ({self.config.setting}{chosen})"
 
     def tasks(self) -> list[str]:
         return list(self.data)

@@ -88,7 +88,10 @@ class _Checks:
         recipe = chosen(RECIPES[config.recipe], config.recipe_options())
         if config.deepspeed is not None:
             read_deepspeed_config(config.deepspeed)
-        return f"{config.recipe} recipe, batch of {recipe.batch_size}, {config.deepspeed or 'no ZeRO'}"
+        about = [f"{config.recipe} recipe, batch of {recipe.batch_size}"]
+        if config.trains_weights:
+            about.append(f"weights of the model are trained as in the paper, at {config.fine_tuning_rate:g}")
+        return ", ".join([*about, str(config.deepspeed or "no ZeRO")])
 
     def backbone(self) -> str:
         self.hidden_size, about = inspect_backbone(self.config.backbone)
@@ -118,11 +121,10 @@ class _Checks:
         except OSError as error:
             raise MegapromptError(f"--out {config.out}: cannot write into {where} ({error.strerror})") from error
         needed = 0
-        for template in self.templates if self.hidden_size and {"p-tuning", "best"} & set(config.methods) else ():
+        for template in self.templates if self.hidden_size and {"p-tuning", "best"} & set(config.columns) else ():
             parameters = number_of_parameters(template.num_pseudo_tokens, self.hidden_size, config.encoder)
-            needed += (
-                _COPIES * 3 * 4 * parameters * _candidates(config)
-            )  # with Adam's two averages, in single precision
+            # With Adam's two averages, in single precision.
+            needed += _COPIES * 3 * 4 * parameters * _candidates(config)
         free = shutil.disk_usage(where).free
         about = f"{config.out}: {free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.1f} GB"
         if free < needed:
@@ -130,11 +132,11 @@ class _Checks:
         return about
 
     def memory(self) -> str:
-        training: dict[str, Method] = {"p-tuning": "p-tuning", "fine-tuning": "fine-tuning"}
-        training |= {"manual+fine-tuning": "fine-tuning", "best": "p-tuning"}
+        training: dict[str, Method] = dict.fromkeys(("p-tuning", "best"), "p-tuning")
         training |= {"autoprompt": "p-tuning"}  # whose search needs no more
+        training |= dict.fromkeys(("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning"), "fine-tuning")
         lines = []
-        for method in sorted({training[name] for name in self.config.methods if name in training}):
+        for method in sorted({training[name] for name in self.config.columns if name in training}):
             found = _plan_here(self.config, method, self.templates)
             needs = [f"{found.total(place) / 1e9:.1f} GB of {what}" for place, what in _PLACES if found.total(place)]
             lines.append(f"{method}: a rank of {found.ranks} needs {' and '.join(needs)} memory{arrangement(found)}")

@@ -39,19 +39,8 @@ def train_resumably(
     Raises:
         Interrupted: a signal said so on some rank.
     """
-    checkpoints = run.path / "state"
-    seconds = 0.0  # before this process started
-    checkpoint = load_checkpoint(checkpoints, world) if resume else None
-    if checkpoint is not None and checkpoint.about["wave"] != wave:  # the one before has ended
-        checkpoint = None
-    if checkpoint is not None:
-        trainer.restore(checkpoint.about["training"], checkpoint.read)
-        seconds = checkpoint.about["seconds"]
+    seconds = _restore(trainer, run, world, wave) if resume else 0.0  # before this process started
     if world.is_main:
-        if checkpoint is not None:
-            run.truncate_log(checkpoint.about["log_size"])
-        else:
-            run.forget("", *trainer.tasks)
         status.epochs(run.read_log())
     status.phase(method)
     log = _Log(run, world, trainer, status)
@@ -64,7 +53,7 @@ def train_resumably(
         about: dict[str, Any] = {"seconds": seconds + before - start, "log_size": run.log_size(), "wave": wave}
         about |= {"training": trainer.shared_state(), "dtype": results["backbone"]["dtype"]}
         number = (wave - 1) * _STEPS_OF_WAVE + trainer.step
-        save_checkpoint(checkpoints, world, number, trainer.states(), world.gather(about)[0])
+        save_checkpoint(run.path / "state", world, number, trainer.states(), world.gather(about)[0])
         saved = time.monotonic()
         pause = max(_CHECKPOINT_SECONDS, 20 * (saved - before))
 
@@ -90,22 +79,40 @@ def train_resumably(
     return learned
 
 
+def _restore(trainer: Trainer, run: RunDirectory, world: World, wave: int) -> float:
+    """Go on from the newest checkpoint of a wave, with its log, if there is one; returns the seconds until then."""
+    checkpoint = load_checkpoint(run.path / "state", world)
+    if checkpoint is None or checkpoint.about["wave"] != wave:  # that of the wave before, which has ended
+        if world.is_main:
+            run.forget_training(trainer.tasks)
+        return 0.0
+    trainer.restore(checkpoint.about["training"], checkpoint.read)
+    if world.is_main:
+        run.truncate_log(checkpoint.about["log_size"])
+    return checkpoint.about["seconds"]
+
+
 @contextmanager
 def one_after_the_other(
-    method: str,
+    about: tuple[str, str, str],
     shown: AbstractContextManager[Update],
     should_stop: Callable[[], bool],
-    *,
     run: RunDirectory,
     world: World,
     status: ProgressFile,
 ) -> Iterator[Hooks]:
-    """Log and progress of a method that trains one task after the other, each from its start."""
+    """Log and progress of a method that trains one task, or candidate, after the other, each from its start.
+
+    Args:
+        about: the method, the task, and the candidate's name if there are several.
+    """
+    if world.is_main:
+        run.forget(*about)
     with shown as update:
 
         def log(line: dict[str, Any]) -> None:
             if world.is_main:
-                run.append_log({"method": method, **line})
+                run.append_log({"method": about[0], **line})
 
         def show(done: int, total: int, step: int) -> None:
             update(done, total)

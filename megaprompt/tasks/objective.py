@@ -90,6 +90,11 @@ class Objective(ABC):
         return None
 
     @property
+    def together(self) -> tuple[str, ...]:
+        """The metrics none of which may fall where ties on dev are kept."""
+        return self.selects[:1]
+
+    @property
     def needs_training(self) -> bool:
         """Whether nothing can be answered without training."""
         return self.new_head(1) is not None

@@ -144,6 +144,8 @@ def test_curves_are_those_of_prompts(tmp_path, results, monkeypatch):
     (tmp_path / "learning_curves.png").unlink()
     write_report(write_run(tmp_path, results, [tuned]))
     assert not (tmp_path / "learning_curves.png").exists()
+    page = write_report(write_run(tmp_path, results, [tuned, {**tuned, "method": "p-tuning+fine-tuning"}]))
+    assert "Of p-tuning+fine-tuning." in page.read_text()
 
 
 def test_damaged_files_are_named(tmp_path, results):

@@ -39,7 +39,8 @@ def superglue(model, tmp_path):
 
     def run(*args: object, out: str = "run") -> int:
         where = ("--backbone", model, "--data", data, "--out", tmp_path / out)
-        return main(["superglue", *map(str, (*where, *QUICK, *args))])
+        quick = QUICK if "--search" not in args else QUICK[:2] + QUICK[4:]  # a search has rates of its own
+        return main(["superglue", *map(str, (*where, *quick, *args))])
 
     return run
 
@@ -94,9 +95,43 @@ def test_classifiers_are_trained_where_train_has_both_classes(superglue, tmp_pat
     assert results["data"]["relations"]["RTE"]["facts"] == {"train": 5, "dev": 1, "test": 6}
 
 
-@pytest.mark.parametrize("methods", ["manual,p-tuning", "manual+fine-tuning"])
-def test_an_interrupted_run_goes_on_exactly(superglue, tmp_path, monkeypatch, methods):
-    chosen = ("--tasks", "cb,copa,wsc", "--methods", methods, "--batch-size", "2")
+TUNED = ("p-tuning", "--tune", "both")
+
+
+def test_the_model_is_tuned_with_the_prompts(superglue, tmp_path):
+    """In another column than with the model frozen; a search writes down what it tried."""
+    assert superglue("--tasks", "multirc", "--methods", *TUNED, "--search", "--select-on", "validation") == 0
+    run = tmp_path / "run"
+    results = json.loads((run / "results.json").read_text())
+    assert results["data"]["name"] == "SuperGLUE (few-shot, chosen on the validation set)"
+    assert set(results["methods"]) == {"majority", "p-tuning+fine-tuning"}
+    row = results["methods"]["p-tuning+fine-tuning"]["relations"]["MultiRC"]
+    assert {metric: row[metric] for metric in row["dev"]} == row["dev"], "dev is the validation set"
+    assert "<1>" in row["template"]
+    assert len(row["tried"]) == 6
+    [chosen] = [each for each in row["tried"] if each["name"] == row["chosen"]]
+    assert chosen["score"] == max(each["score"] for each in row["tried"]) == row["score"]
+    lines = read_lines(run / "log.jsonl")
+    assert len({line["candidate"] for line in lines if "epoch" in line}) == 6
+    assert sum("tried" in line for line in lines) == 1
+    assert not (run / "state" / "parts").exists()
+    assert not (run / "prompts").exists(), "a prompt is of no use without its model"
+    page = (run / "report.html").read_text()
+    for text in ("p-tuning+fine-tuning", "chosen on the validation set", "learning rate 2e-05, batches of 16"):
+        assert text in page
+
+
+@pytest.mark.parametrize(
+    ("tasks", "methods"),
+    [
+        ("CB,COPA,WSC", ["manual,p-tuning", "--batch-size", "2"]),
+        ("CB,COPA,WSC", ["manual+fine-tuning", "--batch-size", "2"]),
+        ("COPA", [*TUNED, "--search"]),
+    ],
+    ids=["frozen", "tuned", "searched"],
+)
+def test_an_interrupted_run_goes_on_exactly(superglue, tmp_path, monkeypatch, tasks, methods):
+    chosen = ("--tasks", tasks, "--methods", *methods)
     assert superglue(*chosen, out="whole") == 0
 
     @contextmanager
@@ -108,12 +143,18 @@ def test_an_interrupted_run_goes_on_exactly(superglue, tmp_path, monkeypatch, me
         for module in ("training", "context"):
             patched.setattr(f"megaprompt.run.{module}.stop_signals", soon)
         assert superglue(*chosen) == 130
+    if "--search" in methods:
+        assert len(list((tmp_path / "run" / "state" / "parts").rglob("*.pt"))) == 2
     assert main(["superglue", "--resume", "--out", str(tmp_path / "run")]) == 0
     whole, resumed = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole", "run"))
     assert resumed["methods"] == whole["methods"]
-    for task in ("CB", "COPA", "WSC"):
+    for task in tasks.split(","):
         one, other = (read_lines(tmp_path / out / "predictions" / f"{task}.jsonl") for out in ("whole", "run"))
         assert one == other
+    one, other = (
+        [{**line, "time": None} for line in read_lines(tmp_path / out / "log.jsonl")] for out in ("whole", "run")
+    )
+    assert one == other
 
 
 def test_what_a_run_would_do_is_checked(superglue, tmp_path, capsys):
@@ -135,6 +176,10 @@ def test_what_a_run_would_do_is_checked(superglue, tmp_path, capsys):
         (["--patterns", "nowhere"], 2, "--patterns nowhere: cannot be read as TOML"),
         (["--limit-examples", "0"], 2, "--limit-examples 0"),
         (["--setting", "half"], 2, "half"),
+        (["--tune", "both", "--methods", "manual"], 2, "--tune both: says what p-tuning trains; add it to --methods"),
+        (["--search"], 2, "--search: is for methods that train the model; add fine-tuning, or --tune both"),
+        (["--search", "--tune", "both", "--batch-size", "8"], 2, "leave --batch-size and --fine-tuning-rate out"),
+        (["--tune", "both", "--dtype", "bfloat16"], 2, "fine-tuning in half precision needs ZeRO-3's float32 copies"),
     ],
 )
 def test_mistakes_are_told_at_once(superglue, tmp_path, capsys, args, code, message):
@@ -190,3 +235,20 @@ def test_two_ranks_and_groups_say_the_same(model, tmp_path):
             assert line.get("written") == other.get("written")
             assert line["answer"] == other["answer"]
             assert line.get("probability", 1) == pytest.approx(other.get("probability", 1), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_sharding_and_ranks_change_nothing_where_the_model_is_tuned(model, tmp_path):
+    """Both optimizers, and the norm that clips gradients of prompts and weights together."""
+    data = write_superglue(tmp_path / "data")
+    options = ("--backbone", model, "--data", data, "--tasks", "copa", "--methods", *TUNED, "--max-epochs", "2")
+    options += ("--learning-rate", "0.01", "--fine-tuning-rate", "0.001", "--batch-size", "8", "--setting", "full")
+    assert main(["superglue", *map(str, options), "--out", str(tmp_path / "one")]) == 0
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    more = ("--deepspeed", "zero3", "--out", tmp_path / "two")
+    finished = run_cli("superglue", *options, *more, launcher=launcher, timeout=900)
+    assert finished.returncode == 0, finished.stderr
+    one, two = ([line["train_loss"] for line in read_lines(tmp_path / run / "log.jsonl")] for run in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4)
+    assert len(one) == 2
+    assert one[-1] < one[0]

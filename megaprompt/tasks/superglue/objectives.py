@@ -27,6 +27,10 @@ class OneOfSeveral(Objective):
     def __init__(self, kind: Kind) -> None:
         self.kind, self.metrics = kind, kind.metrics.names
 
+    @property
+    def together(self) -> tuple[str, ...]:
+        return tuple(self.kind.metrics.headings)
+
     def said(self, answers: Answers) -> Tensor:
         """The answers [I]."""
         return answers["log_probability"].argmax(1)

@@ -19,6 +19,7 @@ from megaprompt.tasks.superglue.kinds import KINDS
 from megaprompt.tasks.task import SPLITS, Example, Split
 
 Setting = Literal["few-shot", "full"]
+SelectOn = Literal["dev", "validation"]
 OVER_THE_LIMIT = "over the limit"
 _DEV_SHARE = 10  # of full training data, one in so many rows is kept to choose on
 
@@ -33,12 +34,19 @@ class TaskData:
 
 
 def read_superglue(
-    root: Path, setting: Setting, names: Sequence[str] = (), *, limit: int | None = None, seed: int = 0
+    root: Path,
+    setting: Setting,
+    names: Sequence[str] = (),
+    *,
+    select_on: SelectOn = "dev",
+    limit: int | None = None,
+    seed: int = 0,
 ) -> dict[str, TaskData]:
-    """The tasks that are asked for (all if no names). Test is the validation set; nothing is chosen on it.
+    """The tasks that are asked for (all if no names). Test is the validation set.
 
     Args:
         setting: few-shot reads dev32.jsonl; full keeps a tenth of the rows of train.jsonl to choose on.
+        select_on: validation: dev is test, and full training data are all trained on.
         limit: keep at most so many examples in each split, or one group that is larger.
 
     Raises:
@@ -47,12 +55,14 @@ def read_superglue(
     """
     if not root.is_dir():
         raise UsageError(f"--data {root}: there is no such directory; give one with BoolQ/train.jsonl and others")
-    return {name: _read_task(root, name, setting, limit, seed) for name in names or KINDS}
+    return {name: _read_task(root, name, setting, select_on, limit, seed) for name in names or KINDS}
 
 
-def _read_task(root: Path, name: str, setting: Setting, limit: int | None, seed: int) -> TaskData:
+def _read_task(root: Path, name: str, setting: Setting, select_on: SelectOn, limit: int | None, seed: int) -> TaskData:
     train, test = (_read_rows(root / name / f"{file}.jsonl", name) for file in ("train", "val"))
-    if setting == "few-shot":
+    if select_on == "validation":
+        dev = test
+    elif setting == "few-shot":
         dev = _read_rows(root / name / "dev32.jsonl", name)
     else:
         random.Random(seed_of(seed, name, "dev")).shuffle(train)
@@ -65,6 +75,8 @@ def _read_task(root: Path, name: str, setting: Setting, limit: int | None, seed:
             raise MegapromptError(f"{root / name}: no examples are left for {split}; add rows, or leave {name} out")
         examples[split] = every if limit is None else _limited(every, limit, seed_of(seed, name, split, "limit"))
         left_out += len(every) - len(examples[split])
+    if select_on == "validation":
+        examples["dev"] = list(examples["test"])
     if name == "COPA":
         examples["train"] = [each for example in examples["train"] for each in (example, _mirrored(example))]
     return TaskData(name, examples, {OVER_THE_LIMIT: left_out} if limit is not None else {})
