@@ -1,14 +1,16 @@
-"""Ranking whole answers: megaprompt against the plain way, one sentence each in padded batches, in one interleaved run.
+"""Ranking whole answers: megaprompt against LM Pub Quiz in one interleaved run.
 
-    python benchmarks/whole_answers.py DIRECTORY [--relations P36,P30] [--facts 4] [--rounds 3] [--batches 1,8,32,128]
+    python benchmarks/whole_answers.py DIRECTORY [--relations P20,P103] [--facts 8] [--plain-facts 1] [--rounds 3]
 
-DIRECTORY holds BEAR. Both score the same sentences (every wording, fact and answer) with the same model and threads,
-and their scores are compared. The plain way is what LM Pub Quiz 0.3.3 does, written anew: the sentences of a fact and
-wording are padded to the longest, `batch` at a time, and logits over the vocabulary are computed at every position.
-Where `make lm-pub-quiz` has been run, the package itself is timed as well (`lm-pub-quiz`). The plain way is timed at
-each of the batch sizes, and megaprompt compared with the fastest.
+DIRECTORY holds BEAR. The same model and threads score the sentences of every wording, fact and answer: megaprompt all
+of them, what the rank of the object needs (`rank`), and what exact P@1 needs (`best`). LM Pub Quiz 0.3.3 is timed where
+`make lm-pub-quiz` has been run, else the same written anew (`plain`): the sentences of a fact and wording are padded to
+the longest, `batch` at a time, and logits over the vocabulary are computed at every position. It scores fact by fact,
+so its speed does not depend on how many there are, and it is timed on the first facts of each relation alone; there,
+scores are compared. megaprompt is compared with the fastest of the batch sizes.
 
-Prints one JSON object. Times are medians over rounds; ratios are medians of the ratios within a round.
+Prints one JSON object. Times are medians over rounds; ratios are medians of the ratios within a round. A share of the
+peak is what the multiplications of the model's matrices reach of what one large product reaches beside them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -30,9 +33,11 @@ import torch
 from megaprompt.backbone import Backbone, load_backbone
 from megaprompt.distributed.world import World
 from megaprompt.engine.passes import Questions, Workplace, answers
-from megaprompt.prompting.packing import PassSize, pack, split_into_passes
+from megaprompt.prompting.packing import PassSize
 from megaprompt.tasks.lama.facts import load_data
 from megaprompt.tasks.lama.questions import AskFor, lama_tasks
+from megaprompt.tasks.objective import Answers
+from megaprompt.tasks.search import Needs
 from megaprompt.tasks.task import Task
 
 PACKAGE = Path(__file__).parents[1] / ".lm-pub-quiz"
@@ -83,16 +88,24 @@ def lm_pub_quiz(backbone: Backbone, batch: int) -> Callable[[str, str, Sequence[
     )
 
 
-def megaprompt(backbone: Backbone, tasks: Sequence[Task], size: PassSize) -> list[float]:
-    """The probability of each object among the candidates, in the order of `asked`."""
-    found: list[float] = []
+def megaprompt(backbone: Backbone, tasks: Sequence[Task], size: PassSize) -> tuple[list[Answers], int]:
+    """The answers of each wording of each task, and how many tokens were computed."""
+    found: list[Answers] = []
+    tokens = 0
     for task in tasks:
         templates = [task.template(text) for text in task.wordings]
         questions = [Questions(task.instances("test", template), task.objective) for template in templates]
         at = Workplace.shared(backbone, size, World(), task.objective)
-        for each in answers(at, questions, None):
-            found += each["log_probability"].tolist()
-    return found
+        found += answers(at, questions, None)
+        tokens += at.trunks.counts["tokens"]
+    return found, tokens
+
+
+def peak() -> float:
+    """Multiplications and additions per second in one large matrix product."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    a @ b
+    return 8 * 2 * 1024**3 / timed(lambda: [a @ b for _ in range(8)])
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -101,20 +114,17 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def counted(tasks: Sequence[Task], size: PassSize) -> dict[str, int]:
-    """What megaprompt computes: positions of packed rows, and positions whose logits are computed."""
-    count = {"positions": 0, "read": 0, "tokens of all sentences": 0}
+def operations(backbone: Backbone, tasks: Sequence[Task], tokens: int) -> float:
+    """Of the matrices, where all is scored: of the layers at each token, and of the output layer where it is read."""
+    head = backbone.model.get_output_embeddings().weight
+    embeddings = {id(p): p.numel() for p in (head, backbone.model.get_input_embeddings().weight)}
+    layers = sum(p.numel() for p in backbone.parameters()) - sum(embeddings.values())
+    read = 0
     for task in tasks:
-        instances = []
         for text in task.wordings:
-            instances += task.instances("test", task.template(text))
-        for indices in split_into_passes([instance.queries for instance in instances], size):
-            queries = [query for i in indices for query in instances[i].queries]
-            batch = pack(queries, size.row_tokens)
-            count["positions"] += batch.token_ids.numel()
-            count["read"] += batch.targets.numel()
-            count["tokens of all sentences"] += sum(len(query.tokens) for query in queries)
-    return count
+            queries = [query for one in task.instances("test", task.template(text)) for query in one.queries]
+            read += len({query.tokens[: target + 1] for query in queries for target in query.targets})
+    return 2.0 * layers * tokens + 2.0 * head.numel() * read
 
 
 @torch.no_grad()
@@ -123,64 +133,76 @@ def main() -> None:
     options.add_argument("data")
     options.add_argument("--backbone", default="smollm2-135m")
     options.add_argument("--relations", default="P1376,P412,P20,P177,P103,P87")
-    options.add_argument("--facts", type=int, default=2)
+    options.add_argument("--facts", type=int, default=8)
+    options.add_argument("--plain-facts", type=int, default=1)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--batches", default="1,8,32,128")
     options.add_argument("--pass-tokens", type=int, default=PassSize().pass_tokens)
     args = options.parse_args()
     torch.manual_seed(0)
     backbone, size = load_backbone(args.backbone), PassSize(pass_tokens=args.pass_tokens)
-    found = lama_tasks(
-        load_data(args.data), backbone, AskFor(begin=True), names=args.relations.split(","), splits=("test",),
-        limit=args.facts, seed=0,
-    )  # fmt: skip
-    tasks = list(found.values())
-    sentences = sum(len(candidates) for *_, candidates in asked(tasks))
-    golds = [e.gold for task in tasks for _ in task.wordings for e in task.examples["test"]]
+    data, names = load_data(args.data), args.relations.split(",")
 
-    runs: dict[str, Callable[[], list[float]]] = {"megaprompt": lambda: megaprompt(backbone, tasks, size)}
+    def tasks_of(needs: Needs, facts: int) -> list[Task]:
+        ask_for = AskFor(begin=True, needs=needs)
+        return list(lama_tasks(data, backbone, ask_for, names=names, splits=("test",), limit=facts, seed=0).values())
 
-    def one_by_one(score: Callable[[str, str, Sequence[str]], list[float]]) -> list[float]:
-        scores = [torch.tensor(score(*each), dtype=torch.float64) for each in asked(tasks)]
-        return [each.log_softmax(0)[gold].item() for each, gold in zip(scores, golds, strict=True)]
-
+    tasks = {needs: tasks_of(needs, args.facts) for needs in get_args(Needs)}
+    few = tasks_of("all", args.plain_facts)
+    results: dict[str, Any] = {}
+    runs: dict[str, Callable[[], Any]] = {
+        needs: lambda part=part: megaprompt(backbone, part, size) for needs, part in tasks.items()
+    }
     for batch in map(int, args.batches.split(",")):
-        plain = Plain(backbone, batch)
-        runs[f"plain, batch {batch}"] = lambda plain=plain: one_by_one(plain)
-        if (package := lm_pub_quiz(backbone, batch)) is not None:
-            runs[f"lm-pub-quiz, batch {batch}"] = lambda package=package: one_by_one(package)
-
+        package = lm_pub_quiz(backbone, batch)
+        name, score = ("plain", Plain(backbone, batch)) if package is None else ("lm-pub-quiz", package)
+        runs[f"{name}, batch {batch}"] = lambda score=score: [score(*each) for each in asked(few)]
     times: dict[str, list[float]] = {name: [] for name in runs}
-    results: dict[str, list[float]] = {}
+    peaks = []
     for _ in range(args.rounds):
+        peaks.append(peak())
         for name, run in runs.items():
             times[name].append(timed(lambda name=name, run=run: results.update({name: run()})))
-    differences = {
-        name: max(abs(a - b) for a, b in zip(values, results["megaprompt"], strict=True))
-        for name, values in results.items()
-    }
-    medians = {name: statistics.median(values) for name, values in times.items()}
 
-    def faster(kind: str) -> float | None:
-        best = min((name for name in medians if name.startswith(kind)), key=medians.__getitem__, default=None)
-        if best is None:
-            return None
-        ratios = [a / b for a, b in zip(times[best], times["megaprompt"], strict=True)]
-        return round(statistics.median(ratios), 2)
-
+    sentences = {name: sum(len(c) for *_, c in asked(tasks.get(name, few))) for name in runs}
+    speeds = {name: [sentences[name] / seconds for seconds in values] for name, values in times.items()}
+    others = [name for name in runs if name not in tasks]
+    best = max(others, key=lambda name: statistics.median(speeds[name]))
+    golds = [e.gold for task in few for _ in task.wordings for e in task.examples["test"]]
+    ours, _ = megaprompt(backbone, few, size)
+    own = [value for each in ours for value in each["log_probability"].tolist()]
+    theirs = [
+        torch.tensor(scores, dtype=torch.float64).log_softmax(0)[gold].item()
+        for scores, gold in zip(results[best], golds, strict=True)
+    ]
+    tokens = {needs: results[needs][1] for needs in tasks}
+    work = operations(backbone, tasks["all"], tokens["all"])
     report = {
         "backbone": args.backbone,
-        "relations": [task.name for task in tasks],
-        "facts": sum(len(task.examples["test"]) for task in tasks),
+        "relations": names,
+        "facts": {needs: sum(len(task.examples["test"]) for task in part) for needs, part in tasks.items()},
+        "facts of the other": sum(len(task.examples["test"]) for task in few),
         "sentences": sentences,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rounds": args.rounds,
-        "computed by megaprompt": counted(tasks, size),
-        "sentences per second": {name: round(sentences / seconds, 1) for name, seconds in medians.items()},
-        "times faster than the best plain batch": faster("plain"),
-        "times faster than the best lm-pub-quiz batch": faster("lm-pub-quiz"),
-        "largest difference of log-probabilities among the candidates": max(differences.values()),
+        "tokens computed": tokens,
+        "share of the peak, all": round(
+            statistics.median(work / s / p for s, p in zip(times["all"], peaks, strict=True)), 2
+        ),
+        "sentences per second": {name: round(statistics.median(values), 1) for name, values in speeds.items()},
+        f"times faster than {best}": {
+            needs: round(statistics.median(a / b for a, b in zip(speeds[needs], speeds[best], strict=True)), 2)
+            for needs in tasks
+        },
+        "the same P@1": all(
+            torch.equal(a["rank"] == 1, b["rank"] == 1)
+            for needs in ("rank", "best")
+            for a, b in zip(results["all"][0], results[needs][0], strict=True)
+        ),
+        "largest difference of log-probabilities among the candidates": max(
+            abs(a - b) for a, b in zip(own, theirs, strict=True)
+        ),
     }
     print(json.dumps(report, indent=1))
 

@@ -20,7 +20,7 @@ LAYERS = (
     ("methods",),
     ("resources", "report"),
     ("run",),
-    ("cli",),
+    ("cli", "callback"),
     ("__init__", "__main__"),
 )
 """From the bottom to the top. Parts of one layer do not know each other."""

@@ -23,6 +23,7 @@ from tests.backbone import megatron_parts
 from tests.conftest import make_model, run_cli, write_data
 from tests.distributed.test_distributed import torchrun
 from tests.methods import test_seams
+from tests.test_callback import trainer_for
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "ds_configs" / "README.md"]
@@ -254,12 +255,18 @@ def test_a_run_has_the_files_that_are_told(place):
     assert {path.suffix for path in (place / "runs" / "x").glob("table.*")} == {".md", ".tex", ".csv"}
 
 
-def test_python_runs(place, monkeypatch, capsys):
+def test_python_runs(place, monkeypatch, capsys, tokenizer):
     """On a small model and data."""
     monkeypatch.chdir(place)
-    [code] = [fence.text for fence in FENCES if fence.language == "python" and fence.document.name == "README.md"]
-    exec(code.replace("ProbeConfig(", "ProbeConfig(backbone='gpt2-xl', data='path/to/lama', "), {})
+    callback, code = [
+        fence.text for fence in FENCES if fence.language == "python" and fence.document.name == "README.md"
+    ]
+    names = {}
+    exec(code.replace("ProbeConfig(", "ProbeConfig(backbone='gpt2-xl', data='path/to/lama', "), names)
     assert 0 <= float(capsys.readouterr().out) <= 1
+    names |= {"tokenizer": tokenizer, "trainer": trainer_for(tokenizer, place / "trained", steps=1)}
+    exec(callback.replace("ProbeConfig(", "ProbeConfig(data='path/to/lama', "), names)
+    assert main(["report", "runs/training"]) == 0
 
 
 def test_python_of_the_architecture_is_that_of_the_tests():

@@ -50,10 +50,11 @@ class Known(DynamicCache):
         known = torch.cat(parts, dim=1).unflatten(1, (len(self._rows), longest)).transpose(0, 1)
         return torch.cat([known, states], dim=2)
 
-    def of_row(self, row: int) -> KeysValues:
-        """The keys and values of one of the rows, in memory of their own."""
+    def of_row(self, row: int, positions: Tensor | None = None) -> KeysValues:
+        """The keys and values of one of the rows, or of some positions [P] of it, in memory of their own."""
         assert self._collected is not None
+        chosen = slice(None) if positions is None else positions.to(self._collected[0][0].device)
         return tuple(
-            tuple(states[row].clone(memory_format=torch.contiguous_format) for states in self._collected[layer])  # type: ignore[misc]
-            for layer in range(len(self._collected))
+            tuple(states[row][:, chosen].clone(memory_format=torch.contiguous_format) for states in both)  # type: ignore[misc]
+            for _, both in sorted(self._collected.items())
         )

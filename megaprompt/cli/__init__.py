@@ -188,14 +188,19 @@ def ask(config: AskConfig) -> None:
 
 @app.command
 def report(config: ReportConfig) -> None:
-    """Make the report of a run again, finished or not, or join several runs on the same data into one table."""
+    """Make the report of a run again, finished or not, join several runs on the same data into one table, or show what
+    a model learned while it was trained."""
     from megaprompt.report.html import write_joint_report, write_report
     from megaprompt.report.runs import read_run
+    from megaprompt.report.series import steps_in, write_series
     from megaprompt.report.table2 import join
     from megaprompt.report.table2_formats import terminal_table
     from megaprompt.report.tables import summary_table
     from megaprompt.run.merge import merge_runs
 
+    if len(config.runs) == 1 and steps_in(config.runs[0]):
+        print(write_series(config.runs[0], config.out))
+        return
     for run in config.runs:
         if parts := sorted(path.parent for path in run.glob("*/results.json")):
             merged = merge_runs(parts, run)

@@ -58,7 +58,11 @@ class ProbeConfig(RunConfig):
     """For --limit-facts. Runs with another --seed keep the same facts."""
     learn_by: Literal["answer", "candidates"] = "candidates"
     """With --answers candidates, what training makes more likely: the right 'answer' by itself, or the right one among
-    the 'candidates' (among 16 of them)."""
+    the 'candidates' (among 16 of them, which are drawn once for each fact)."""
+    scores: Literal["all", "rank", "best"] = "rank"
+    """With --answers candidates and causal models, how much of them is scored; what is told is exact. 'rank': until the
+    rank of the object is known. 'all': every candidate, so that predictions have their probabilities. 'best': until
+    the best one is known, for P@1 alone, by which dev then chooses too. Masked models score all."""
     bos: Literal["auto", "always"] = "auto"
     """With --answers candidates, the beginning-of-text token of causal models: 'auto' as the tokenizer sets it, and
     before sentences that start with the answer; 'always' before every sentence, as LM Pub Quiz does."""

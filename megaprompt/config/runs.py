@@ -67,8 +67,12 @@ class AskConfig:
     method: str | None = None
     """Whose prompts of the run: best, p-tuning, in-context, best-manual, manual. If not given: the first of these that
     the run has."""
+    answers: Literal["token", "candidates", "text"] | None = None
+    """'token': the best allowed tokens. 'candidates': the best of the relation's answers, of any length, in the data
+    that the prompt was learned with. 'text': what a causal model writes by itself up to a punctuation mark, the best of
+    a beam. If not given: as the prompt was learned."""
     vocab: str = "auto"
-    """Allowed answers: a file with one word a line, 'none' for all tokens, or 'auto': those of the data that the prompt
+    """Allowed tokens: a file with one word a line, 'none' for all tokens, or 'auto': those of the data that the prompt
     was learned with."""
     backbone: str | None = None
     """The model that the prompts were learned on; its name is in the prompts if not given."""
@@ -87,7 +91,8 @@ class ReportConfig:
 
     runs: tuple[Path, ...] = field(kw_only=False)
     """The directory of a run, or of several: of other backbones, methods or seeds. A directory of runs over parts of
-    the relations counts as one run: their results are put together."""
+    the relations counts as one run: their results are put together. A directory of runs after steps of a training
+    (step-500, ...) gets a report over the steps."""
     out: Path | None = None
     """Directory to write the report into. If not given: that of the run, or runs/report for several."""
 

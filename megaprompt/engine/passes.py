@@ -6,7 +6,7 @@ of the outputs what it needs, and neither backbone nor packing know which kinds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from megaprompt.backbone import Backbone
 from megaprompt.distributed.world import World
+from megaprompt.engine.groups import Groups, first_targets
 from megaprompt.engine.learner import TrainingSet
 from megaprompt.engine.schedule import my_passes, padded
 from megaprompt.engine.trunks import SHARE, Trunks, cut_instances, may_be_cut
 from megaprompt.errors import UsageError
 from megaprompt.prompting.packing import PassSize, pack, split_into_passes
 from megaprompt.prompting.query import Query
+from megaprompt.prompting.trunks import Trunk
 from megaprompt.tasks.objective import Answers, Objective, Outputs
 from megaprompt.tasks.task import Instance
 
@@ -98,9 +100,17 @@ def _cut_once(at: Workplace, asked: list[_Asked]) -> list[_Asked]:
 
 
 def _computed(
-    at: Workplace, asked: Sequence[_Asked], passes: Iterable[list[int]], prompts: Tensor | None
+    at: Workplace,
+    asked: Sequence[_Asked],
+    passes: Iterable[list[int]],
+    prompts: Tensor | None,
+    keep: Mapping[int, Trunk] | None = None,
 ) -> Iterator[tuple[Tensor, list[_Part]]]:
-    """What the backbone gives at the targets of each pass [N, D], and the parts of the pass."""
+    """What the backbone gives at the targets of each pass [N, D], and the parts of the pass.
+
+    Args:
+        keep: trunks that end at the first target of what is asked, by its index: to be kept when they are computed.
+    """
     cut = any(query.cuts for each in asked for query in each.instance.queries)
     cut_anywhere = bool(at.everyone.max_(torch.tensor(int(cut)), "schedule"))
     for indices in passes:
@@ -109,9 +119,13 @@ def _computed(
             kinds.setdefault((id(asked[i].objective), id(asked[i].head)), []).append(i)
         queries = [query for part in kinds.values() for i in part for query in asked[i].instance.queries]
         _must_fit(at.backbone, queries)
-        batch = pack(queries, at.size.row_tokens).to(at.backbone.device)
-        known = at.trunks.of(batch, at.backbone, at.everyone) if cut_anywhere else None
+        packed = pack(queries, at.size.row_tokens)
+        batch, collect = packed.to(at.backbone.device), keep is not None
+        known = at.trunks.of(batch, at.backbone, at.everyone, collect) if cut_anywhere or collect else None
         values = at.backbone(batch, prompts, at.reads, known)
+        if keep is not None and known is not None:
+            order = {i: asked[i].instance for part in kinds.values() for i in part}
+            at.trunks.keep(packed, known, first_targets(order, keep))
         at.trunks.counts["tokens"] += batch.token_ids.numel()
         counts = [sum(len(q.targets) for i in part for q in asked[i].instance.queries) for part in kinds.values()]
         targets = batch.target_of_query.split(counts)
@@ -188,25 +202,44 @@ def answers(at: Workplace, questions: Sequence[Questions], prompts: Tensor | Non
     asking = [each.objective.rounds(each.instances) for each in questions]
     open_ = {task: next(rounds) for task, rounds in enumerate(asking)}
     found: dict[int, Answers] = {}
-    while True:
-        asked = [questions[task]._replace(instances=instances) for task, instances in open_.items()]
-        for task, read in zip(list(open_), _read(at, asked, prompts), strict=True):
-            try:
-                open_[task] = asking[task].send(read)
-            except StopIteration as end:
-                found[task] = end.value
-                del open_[task]
-        if not at.everyone.max_(torch.tensor(len(open_)), "schedule"):  # other groups of ranks may have more rounds
-            return [found[task] for task in range(len(questions))]
+    groups = Groups(at.trunks, _tokens_to_keep(at, questions))
+    try:
+        while True:
+            asked = {task: questions[task]._replace(instances=instances) for task, instances in open_.items()}
+            for task, read in zip(list(open_), _read(at, asked, prompts, groups), strict=True):
+                try:
+                    open_[task] = asking[task].send(read)
+                except StopIteration as end:
+                    found[task] = end.value
+                    del open_[task]
+            if not at.everyone.max_(torch.tensor(len(open_)), "schedule"):  # other ranks may have more rounds
+                return [found[task] for task in range(len(questions))]
+    finally:
+        groups.forget()
 
 
-def _read(at: Workplace, questions: Sequence[Questions], prompts: Tensor | None) -> list[Answers]:
+def _tokens_to_keep(at: Workplace, questions: Sequence[Questions]) -> int:
+    """How many tokens' keys and values may be kept between rounds; all ranks must call it."""
+    goes_on = may_be_cut(at.backbone, at.size) and any(each.objective.goes_on for each in questions)
+    if not at.everyone.max_(torch.tensor(int(goes_on)), "schedule"):
+        return 0
+    return at.everyone.memory() // SHARE // at.backbone.known_bytes
+
+
+def _read(at: Workplace, questions: Mapping[int, Questions], prompts: Tensor | None, groups: Groups) -> list[Answers]:
     """One round of `answers`."""
-    asked = _cut_once(at, _flat(questions))
-    found = [each.objective.blank(len(each.instances)) for each in questions]
-    place = [(task, i) for task, each in enumerate(questions) for i in range(len(each.instances))]
-    passes = padded(my_passes([each.instance.queries for each in asked], at.world, at.size), at.everyone)
-    for _, parts in _computed(at, asked, passes, prompts):
+    place = [(task, i) for task, each in questions.items() for i in range(len(each.instances))]
+    asked = _flat(list(questions.values()))
+    names = [(task, one.instance.group or i) for (task, i), one in zip(place, asked, strict=True)]
+    asked = [one._replace(instance=groups.going_on(name, one.instance)) for name, one in zip(names, asked, strict=True)]
+    asked = _cut_once(at, asked)
+    found = {task: each.objective.blank(len(each.instances)) for task, each in questions.items()}
+    mine = my_passes(
+        [each.instance.queries for each in asked], at.world, at.size, [groups.number(name) for name in names]
+    )
+    own = sorted(i for indices in mine for i in indices)
+    keep = groups.to_keep({i: (names[i], asked[i].instance) for i in own if asked[i].objective.goes_on})
+    for _, parts in _computed(at, asked, padded(mine, at.everyone), prompts, keep):
         for indices, objective, head, outputs, gold in parts:
             rows_of: dict[int, list[int]] = {}
             for row, i in enumerate(indices):
@@ -214,7 +247,7 @@ def _read(at: Workplace, questions: Sequence[Questions], prompts: Tensor | None)
             for name, values in objective.read(outputs, gold, head).items():
                 for task, rows in rows_of.items():
                     found[task][name][[place[indices[row]][1] for row in rows]] = values[rows]
-    return [_of_all_ranks(each, at.world) for each in found]
+    return [_of_all_ranks(each, at.world) for each in found.values()]
 
 
 def _of_all_ranks(part: Answers, world: World) -> Answers:
@@ -232,7 +265,7 @@ def joint_answers(
         weights: of the wordings. (LPAQA, arXiv 1911.12543, equation 4.)
     """
     count = len(wordings[0])
-    found = objective.blank(count)
+    found: list[tuple[list[int], Answers]] = []
     # The scores of all instances of a part are in memory, 64 MB. Each rank has all wordings of its instances, which are
     # packed together: where they begin alike, mostly with the subject, that is computed once.
     part = max(1, (1 << 24) // at.backbone.vocabulary_size)
@@ -254,6 +287,7 @@ def joint_answers(
                 together.index_add_(0, instance, scores.log_softmax(1) * weight[:, None])
         if together is not None:
             gold = torch.tensor([wordings[0][i].gold for i in mine], dtype=torch.int64, device=together.device)
-            for name, values in objective.answer(together, gold).items():
-                found[name][list(mine)] = values
-    return _of_all_ranks(found, at.world)
+            found.append((list(mine), objective.answer(together, gold)))
+    everywhere = [one for rank in at.world.gather(found) for one in rank]
+    order = torch.tensor([i for places, _ in everywhere for i in places]).argsort()
+    return {name: torch.cat([part[name] for _, part in everywhere])[order] for name in everywhere[0][1]}

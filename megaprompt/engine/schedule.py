@@ -17,9 +17,16 @@ from megaprompt.prompting.packing import PassSize, split_into_passes
 from megaprompt.prompting.query import Query
 
 
-def my_passes(instances: Sequence[Sequence[Query]], world: World, size: PassSize) -> list[list[int]]:
-    """The indices of the instances, given by their queries, that this rank of `world` computes, pass by pass."""
-    share = range(world.rank, len(instances), world.size)
+def my_passes(
+    instances: Sequence[Sequence[Query]], world: World, size: PassSize, numbers: Sequence[int] | None = None
+) -> list[list[int]]:
+    """The indices of the instances, given by their queries, that this rank of `world` computes, pass by pass.
+
+    Args:
+        numbers: of the instances; those with the same number are computed by the same rank. If not given, each has its
+            own.
+    """
+    share = [i for i, number in enumerate(numbers or range(len(instances))) if number % world.size == world.rank]
     return [[share[i] for i in indices] for indices in split_into_passes([instances[i] for i in share], size)]
 
 

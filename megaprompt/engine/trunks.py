@@ -11,7 +11,7 @@ beginning, and lets go of a trunk when its passes have no more use for it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megaprompt.backbone import Backbone
@@ -69,16 +69,39 @@ class Trunks:
         self.lasting.update(trunk for one in instances for query in one.queries for trunk in trunks_of(query))
         return found
 
-    def of(self, batch: PackedBatch, backbone: Backbone, everyone: World) -> Known:
+    def keep(self, batch: PackedBatch, computed: Known, wanted: Mapping[Trunk, int]) -> None:
+        """Keep what a pass has computed, until `forget`.
+
+        Args:
+            batch: the pass, on the CPU.
+            computed: with the keys and values of its rows.
+            wanted: trunks, each with the target at which it ends, as an index into `target_of_query`.
+        """
+        for trunk, number in wanted.items():
+            row, position = divmod(int(batch.targets[batch.target_of_query[number]]), batch.token_ids.shape[1])
+            seen = (batch.visible_from[row] <= position) & (position < batch.visible_until[row])
+            own = seen[-batch.token_ids.shape[1] :].nonzero()[:, 0]  # it and the nodes before it, in their order
+            self.known[trunk] = computed.of_row(row, own)
+            self.lasting.add(trunk)
+
+    def forget(self, trunks: Iterable[Trunk]) -> None:
+        """Let go of what was kept."""
+        for trunk in trunks:
+            self.lasting.discard(trunk)
+            self.known.pop(trunk, None)
+
+    def of(self, batch: PackedBatch, backbone: Backbone, everyone: World, collect: bool = False) -> Known:
         """What stands in front of the rows of a batch; what is missing is computed. All ranks must call it.
 
         Args:
             everyone: the ranks that make the same number of passes.
+            collect: the keys and values of the rows, too.
         """
         needed = dict.fromkeys(trunk for row in batch.trunks for trunk in row)  # each behind those before it
         missing = [trunk for trunk in needed if trunk not in self.known]
         for turn in padded([[i] for i in range(len(missing))], everyone):
             trunk = missing[turn[0]] if turn else None
+            assert trunk is None or min(trunk.tokens) >= 0, "pseudo tokens are only in trunks that are kept"
             found = backbone.keys_and_values(trunk, self.known)
             if trunk is not None:
                 self.known[trunk] = found
@@ -87,4 +110,4 @@ class Trunks:
         rows = [[self.known[trunk] for trunk in row] for row in batch.trunks]
         for trunk in [trunk for trunk in self.known if trunk not in needed and trunk not in self.lasting]:
             del self.known[trunk]
-        return Known(rows)
+        return Known(rows, collect)

@@ -42,7 +42,11 @@ def chosen_methods(
         wanted.add("best-manual")
     if "best" in wanted:
         wanted |= {*UNTRAINED, "p-tuning"}
-    methods: dict[str, Method] = {"manual": Manual() if most == 1 else Wordings(most), "in-context": InContext()}
+    methods: dict[str, Method] = {"manual": Manual(), "in-context": InContext()}
+    if most > 1:
+        both = {"manual", "best-manual"} <= wanted and not wordings
+        methods["manual"] = Wordings(most, best=both)
+        wanted -= {"best-manual"} if both else set()
     recipe = chosen(RECIPES[config.recipe], config.recipe_options())
     methods["best-manual"] = BestManual({name: [one.text for one in prompts] for name, prompts in wordings.items()})
     methods["p-tuning"] = PTuning(

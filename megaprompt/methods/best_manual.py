@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from megaprompt.engine.passes import Questions, answers
 from megaprompt.methods.method import Context, Scored, ShouldStop
-from megaprompt.methods.untrained import Wording, choose
+from megaprompt.methods.untrained import Tried, Wording, choose
 from megaprompt.prompting.template import Template
+from megaprompt.tasks.objective import Answers
 from megaprompt.tasks.task import Task
 
 
@@ -37,16 +38,23 @@ class BestManual:
         def score(task: Task, _: ShouldStop) -> dict[str, Scored]:
             templates = self.wordings(task)
             tried = choose(context, task, [Wording(each, (), {"template": each.text}) for each in templates])
-            best = tried[0].wording.template
-            questions = [Questions(task.instances("test", each), task.objective) for each in templates]
-            test = dict(zip(templates, answers(context.at(task), questions, None), strict=True))
-            context.save_prompt("best-manual", task, best, tried[0].dev)
-            row = context.row(task, best, tried[0].dev)
-            name = next(iter(task.objective.metrics))
-            row["tried"] = [
-                each.row() | {f"test_{name}": context.measure(task, "test", test[each.wording.template])[name]}
-                for each in tried
-            ]
-            return {"best-manual": Scored(row, test[best])}
+            questions = [Questions(task.instances("test", each.wording.template), task.objective) for each in tried]
+            return {"best-manual": best_of(context, task, tried, answers(context.at(task), questions, None))}
 
         context.each_task(self.columns, score)
+
+
+def best_of(context: Context, task: Task, tried: Sequence[Tried], test: Sequence[Answers]) -> Scored:
+    """Save the first of the wordings that were tried, the best one; its row tells what all of them score.
+
+    Args:
+        test: the answers of each on test.
+    """
+    best = tried[0]
+    context.save_prompt("best-manual", task, best.wording.template, best.dev)
+    row, name = context.row(task, best.wording.template, best.dev), next(iter(task.objective.metrics))
+    row["tried"] = [
+        each.row() | {f"test_{name}": context.measure(task, "test", found)[name]}
+        for each, found in zip(tried, test, strict=True)
+    ]
+    return Scored(row, test[0])

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaprompt.engine.passes import Questions, answers
+from megaprompt.methods.best_manual import best_of
 from megaprompt.methods.method import Context, Scored, ShouldStop
+from megaprompt.methods.untrained import Tried, Wording
+from megaprompt.prompting.template import Template
 from megaprompt.tasks.objective import Answers
 from megaprompt.tasks.task import Split, Task
 
@@ -25,9 +28,11 @@ class Wordings:
 
     Args:
         most: how many a task has at most.
+        best: also find the one that is best on dev, as `best-manual` does, without asking twice.
     """
 
     most: int
+    best: bool = False
 
     @property
     def _each(self) -> list[str]:
@@ -35,7 +40,11 @@ class Wordings:
 
     @property
     def columns(self) -> list[str]:
-        return [*self._each, MEAN]
+        return [*self._each, MEAN, *self._best]
+
+    @property
+    def _best(self) -> list[str]:
+        return ["best-manual"] if self.best else []
 
     def check(self, context: Context) -> None:
         for task in context.tasks.values():
@@ -46,7 +55,7 @@ class Wordings:
         def score(task: Task, _: ShouldStop) -> dict[str, Scored]:
             return self._scored(context, task)
 
-        rows = context.each_task(self._each, score, title="manual prompts")
+        rows = context.each_task([*self._each, *self._best], score, title="manual prompts")
         metrics = next(iter(context.tasks.values())).objective.metrics
         means = {name: _mean([rows[column][name] for column in self._each], metrics) for name in context.tasks}
         context.baseline(MEAN, means)
@@ -61,11 +70,32 @@ class Wordings:
 
         has_dev = bool(task.examples["dev"])
         dev = [context.measure(task, "dev", found) for found in ask("dev")] if has_dev else [None] * len(readable)
+        test = ask("test")
         missing = Scored(context.row(task, task.manual_template) | {"template": None}, None)
         scored = dict.fromkeys(self._each, missing)
-        for (column, template), dev_scores, found in zip(readable.items(), dev, ask("test"), strict=True):
+        for (column, template), dev_scores, found in zip(readable.items(), dev, test, strict=True):
             scored[column] = Scored(context.row(task, template, dev_scores), found)
+        if self.best:
+            scored["best-manual"] = self._chosen(context, task, list(readable.values()), dev, test)
         return scored
+
+    def _chosen(
+        self,
+        context: Context,
+        task: Task,
+        templates: Sequence[Template],
+        dev: Sequence[Mapping[str, float] | None],
+        test: Sequence[Answers],
+    ) -> Scored:
+        """The best wording on dev; the first one of equals."""
+        count = len(task.examples["dev"])
+        tried = [
+            (Tried(Wording(template, (), {"template": template.text}), scores, count), found)
+            for template, scores, found in zip(templates, dev, test, strict=True)
+            if scores is not None
+        ]
+        tried.sort(key=lambda each: task.objective.evidence(each[0].dev, count), reverse=True)  # stable
+        return best_of(context, task, [one for one, _ in tried], [found for _, found in tried])
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str]) -> dict[str, Any]:

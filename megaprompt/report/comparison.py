@@ -163,7 +163,7 @@ def _predictions(run: Run, relation: str) -> list[tuple[str, str, str, Answer]]:
             line = json.loads(text)
             if "rank" in line:
                 best, probability = line["top"][0] if line.get("top") else ("–", math.nan)
-                answer = Answer(best, probability, line["rank"] == 1)
+                answer = Answer(best, math.nan if probability is None else probability, line["rank"] == 1)
                 found.append((line["method"], line["subject"], line["object"], answer))
             else:
                 answer = Answer(str(line["answer"]), line.get("probability", math.nan), bool(line["right"]))

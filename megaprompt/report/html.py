@@ -53,7 +53,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     figures = _run_figures(found)
     relations, averages, types = rows_of(results)
     abouts = results["data"]["relations"].values()
-    page = _page(
+    page = write_page(
         "report",
         figures,
         out,
@@ -128,7 +128,7 @@ def write_joint_report(table: Table2, out: Path) -> Path:
     if (out / "results.json").exists():
         raise UsageError(f"--out {out} holds a run with a report of its own; choose another directory")
     figures = {"types": types_chart(table), "relations": relations_chart(table)} if table.methods else {}
-    page = _page(
+    page = write_page(
         "table2",
         figures,
         out,
@@ -155,7 +155,7 @@ def write_tables(table: Table2, out: Path) -> None:
         write_file(out / name, text.encode())
 
 
-def _page(template: str, figures: Mapping[str, Figure], out: Path, **values: Any) -> Path:
+def write_page(template: str, figures: Mapping[str, Figure], out: Path, **values: Any) -> Path:
     """Render report.html with its charts inside, and write the charts beside it."""
     images = {name: png(figure) for name, figure in figures.items()}
     for name, image in images.items():

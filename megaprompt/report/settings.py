@@ -9,7 +9,7 @@ from typing import Any
 from megaprompt.config import ProbeConfig, SuperGlueConfig
 from megaprompt.report.runs import Run, backbone_name
 
-_OF_ALL_TRAINING = ("recipe", "batch_size", "max_epochs", "max_steps", "patience")
+_OF_ALL_TRAINING = ("recipe", "batch_size", "max_epochs", "max_steps", "patience", "learn_by")
 _OF_PROMPTS = ("template", "encoder", "init", "learning_rate", "weight_decay", *_OF_ALL_TRAINING)
 _OF_WEIGHTS = ("fine_tuning_rate", "search", "grouped", *_OF_ALL_TRAINING[1:])
 _SETTINGS = {
@@ -68,7 +68,8 @@ def _settings(run: Run) -> Settings:
             "dtype": backbone["dtype"],
         },
         "facts": {
-            key: options.get(key) for key in ("limit_facts", "limit_examples", "setting", "select_on", "patterns")
+            key: options.get(key)
+            for key in ("limit_facts", "limit_examples", "setting", "select_on", "patterns", "bos")
         },
     }
     if options["limit_facts"] is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +17,18 @@ from megaprompt.console import progress
 from megaprompt.distributed.world import World
 from megaprompt.engine.passes import Questions, Workplace, answers
 from megaprompt.errors import MegapromptError, UsageError
-from megaprompt.prompting.packing import PassSize
+from megaprompt.prompting.packing import PassSize, pack
+from megaprompt.prompting.query import Query
 from megaprompt.prompting.template import Template
 from megaprompt.run.averages import summarize
 from megaprompt.run.directory import RunDirectory
 from megaprompt.run.saved_prompts import SavedPrompt, load_prompts, methods_with_prompts
+from megaprompt.tasks.lama.continuations import continuations, ends
 from megaprompt.tasks.lama.facts import Data, load_data
 from megaprompt.tasks.lama.one_token import OneToken
 from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary
+from megaprompt.tasks.lama.whole_answers import WholeAnswers
+from megaprompt.tasks.objective import Answers, Objective
 from megaprompt.tasks.task import Instance, Split, Task
 
 logger = logging.getLogger(__name__)
@@ -150,10 +155,11 @@ def _scored(prompt: SavedPrompt, task: Task, split: Split, backbone: Backbone, s
 
 
 def ask(config: AskConfig) -> list[tuple[str, float]]:
-    """The best answers about one subject, with their probabilities among the allowed ones.
+    """The best answers about one subject, with their probabilities: among the allowed tokens or the candidates, or of
+    being written.
 
     Raises:
-        UsageError: there is no prompt for the relation.
+        UsageError: there is no prompt for the relation, or the data of candidates is not there.
         MegapromptError: the prompt belongs to another backbone.
     """
     prompts = load_prompts(config.prompts, config.method)
@@ -164,13 +170,75 @@ def ask(config: AskConfig) -> list[tuple[str, float]]:
         raise UsageError(f"--relation {name}: no prompt in {config.prompts}, which has {', '.join(prompts)}")
     prompt = prompts[name]
     backbone = _backbone_for([prompt], config.backbone, config.dtype)
+    kind = config.answers or _answers_of(config.prompts, prompt)
+    return {"token": _tokens, "candidates": _candidates, "text": _continuations}[kind](config, prompt, backbone)
+
+
+def _answers_of(directory: Path, prompt: SavedPrompt) -> str:
+    """What kind of answers a prompt was learned or chosen for: its run says so, or its data."""
+    if (directory / "config.yaml").is_file():
+        run = from_yaml(ProbeConfig, directory / "config.yaml")
+        if run.answers is not None:
+            return run.answers
+    try:
+        return "candidates" if load_data(prompt.data).has_answer_spaces else "token"
+    except UsageError:  # the data is there no more
+        return "token"
+
+
+def _tokens(config: AskConfig, prompt: SavedPrompt, backbone: Backbone) -> list[tuple[str, float]]:
+    """The best allowed tokens."""
     objective = OneToken(_allowed(config.vocab, prompt, backbone), backbone.tokenization.text_of, config.top)
-    template, encoder = Template.parse(prompt.template), backbone.text_encoder()
-    query = template.render({"X": config.subject}, encoder, before=prompt.before)
-    at = Workplace.shared(backbone, backbone.exact_size(PassSize()), World(device=backbone.device), objective)
-    [found] = answers(at, [Questions([Instance((query,), 0)], objective)], prompt.vectors.to(backbone.device))
+    instance = Instance((_query(config, prompt, backbone),), 0)
+    found = _asked(instance, objective, prompt, backbone)
     best = [backbone.tokenization.text_of(token) for token in found["top_tokens"][0].tolist()]
     return list(zip(best, found["top_log_probability"][0].exp().tolist(), strict=True))
+
+
+def _candidates(config: AskConfig, prompt: SavedPrompt, backbone: Backbone) -> list[tuple[str, float]]:
+    """The best of the relation's answers, which may have any length."""
+    ask_for = AskFor(needs="all")
+    if (config.prompts / "config.yaml").is_file():
+        run = from_yaml(ProbeConfig, config.prompts / "config.yaml")
+        ask_for = AskFor(begin=run.bos == "always", needs="all")
+    tasks = lama_tasks(
+        load_data(prompt.data), backbone, ask_for, names=(prompt.relation,), splits=("test",), limit=None, seed=0
+    )
+    task = tasks[prompt.relation]
+    example = task.examples["test"][0]._replace(fields={"X": config.subject}, gold=0)
+    objective = WholeAnswers(needs="all", top=config.top)
+    instance = task.instance(example, task.template(prompt.template), prompt.before)
+    found = _asked(instance, objective, prompt, backbone)
+    texts = [example.candidates[place] for place in found["top"][0].tolist() if place >= 0]
+    return list(zip(texts, found["top_log_probability"][0].exp().tolist(), strict=False))
+
+
+def _continuations(config: AskConfig, prompt: SavedPrompt, backbone: Backbone) -> list[tuple[str, float]]:
+    """What the model writes on its own."""
+    if not backbone.causal:
+        raise UsageError("--answers text: a masked model does not write; give --answers candidates or token")
+    size, vectors = backbone.exact_size(PassSize()), prompt.vectors.to(backbone.device)
+
+    @torch.no_grad()
+    def log_probabilities(queries: Sequence[Query]) -> Tensor:
+        batch = pack(queries, size.row_tokens).to(backbone.device)
+        return backbone(batch, vectors)[batch.target_of_query].float().log_softmax(1)
+
+    tokenization = backbone.tokenization
+    decode, query = tokenization.tokenizer.decode, _query(config, prompt, backbone)
+    return continuations(query, log_probabilities, ends(tokenization), lambda ids: str(decode(list(ids))), config.top)
+
+
+def _query(config: AskConfig, prompt: SavedPrompt, backbone: Backbone) -> Query:
+    """That asks for the answer."""
+    template = Template.parse(prompt.template)
+    return template.render({"X": config.subject}, backbone.text_encoder(), before=prompt.before)
+
+
+def _asked(instance: Instance, objective: Objective, prompt: SavedPrompt, backbone: Backbone) -> Answers:
+    at = Workplace.shared(backbone, backbone.exact_size(PassSize()), World(device=backbone.device), objective)
+    [found] = answers(at, [Questions([instance], objective)], prompt.vectors.to(backbone.device))
+    return found
 
 
 def _allowed(option: str, prompt: SavedPrompt, backbone: Backbone) -> Tensor:

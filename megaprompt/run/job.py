@@ -37,14 +37,18 @@ from megaprompt.tasks.task import SPLITS, Task
 logger = logging.getLogger(__name__)
 
 
-def probe(config: ProbeConfig, world: World | None = None) -> dict[str, Any]:
+def probe(config: ProbeConfig, world: World | None = None, backbone: Backbone | None = None) -> dict[str, Any]:
     """Run or resume a probe; returns what is in results.json.
+
+    Args:
+        world: the processes that share the work, if they have found each other already.
+        backbone: if it is there already; `config` then only names it.
 
     Raises:
         UsageError: an option cannot work.
         MegapromptError: something in the data, on the disk or in training went wrong.
     """
-    return _run(config, lambda: Facts(config), world)
+    return _run(config, lambda: Facts(config), world, backbone)
 
 
 def superglue(config: SuperGlueConfig, world: World | None = None) -> dict[str, Any]:
@@ -57,16 +61,20 @@ def superglue(config: SuperGlueConfig, world: World | None = None) -> dict[str, 
     return _run(config, lambda: SuperGlue(config), world)
 
 
-def _run(config: RunConfig, read: ReadMaterial, world: World | None) -> dict[str, Any]:
+def _run(
+    config: RunConfig, read: ReadMaterial, world: World | None, backbone: Backbone | None = None
+) -> dict[str, Any]:
     if world is None:
         with joined_world(force=config.deepspeed is not None) as world:
-            return _run(config, read, world)
+            return _run(config, read, world, backbone)
     status = ProgressFile(config.out, world.is_main)
     with status.ending():
-        return _run_on(config, read, world, status)
+        return _run_on(config, read, world, status, backbone)
 
 
-def _run_on(config: RunConfig, read: ReadMaterial, world: World, status: ProgressFile) -> dict[str, Any]:
+def _run_on(
+    config: RunConfig, read: ReadMaterial, world: World, status: ProgressFile, given: Backbone | None
+) -> dict[str, Any]:
     deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed is not None else DeepSpeedSettings()
     material = read()
     run = RunDirectory.open(config) if world.is_main else RunDirectory(config.out)
@@ -78,7 +86,7 @@ def _run_on(config: RunConfig, read: ReadMaterial, world: World, status: Progres
         raise MegapromptError(f"--resume: {run.path} was written by another version of megaprompt; start a new run")
     if config.resume:
         status.phase("loading")
-    load = _loader(config, deepspeed, world)
+    load = _loader(config, deepspeed, world) if given is None else lambda _: (given, None)
     backbone, _ = load(False)
     pass_tokens = config.pass_tokens or results.get("pass_tokens") or _pass_tokens(config, backbone, world)
     size = backbone.exact_size(PassSize(config.row_tokens, pass_tokens))

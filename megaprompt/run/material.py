@@ -108,7 +108,8 @@ class Facts:
         config = self.config
         answers = config.answers or ("candidates" if self.data.has_answer_spaces else "token")
         vocabulary = load_vocabulary(config.vocab, self.data, tokenization) if answers == "token" else None
-        return AskFor(vocabulary, RECIPES[config.recipe].among_allowed, config.learn_by, config.bos == "always")
+        among_allowed, begin = RECIPES[config.recipe].among_allowed, config.bos == "always"
+        return AskFor(vocabulary, among_allowed, config.learn_by, begin, config.scores)
 
 
 def _splits(config: ProbeConfig, discrete: Mapping[str, Prompts]) -> tuple[Split, ...]:

@@ -84,6 +84,9 @@ class Objective(ABC):
     """With fewer dev examples than these, of which each moves the first metric by points, the last one decides."""
     items: str = "examples"
     """What tables call the instances."""
+    goes_on: bool = False
+    """Whether later rounds go on from where queries of the first one begin to be read (`rounds`); their keys and values
+    are then kept, by group."""
 
     def new_head(self, hidden_size: int) -> nn.Module | None:
         """What is trained on top of the backbone for this question; None if nothing is."""

@@ -30,7 +30,7 @@ def test_each_wording_their_mean_and_the_best_on_dev(run):
     assert results["data"]["vocabulary"] is None
     methods = results["methods"]
     each = ["manual", "wording 2", "wording 3"]
-    assert list(methods) == ["majority", *each, MEAN, "best-manual"]
+    assert list(methods) == ["majority", *each, "best-manual", MEAN]
     for name, wordings in WORDINGS.items():
         rows = [methods[column]["relations"][name] for column in each]
         assert [row["template"] for row in rows] == wordings
@@ -40,7 +40,10 @@ def test_each_wording_their_mean_and_the_best_on_dev(run):
         assert mean["mrr_sem"] == pytest.approx(statistics.stdev(scores) / 3**0.5)
         best = methods["best-manual"]["relations"][name]
         assert best["template"] in wordings
-        assert best["dev_p_at_1"] == max(row["dev_p_at_1"] for row in rows)
+        assert best["dev_p_at_1"] == next(row["dev_p_at_1"] for row in rows if row["template"] == best["template"])
+        assert best["dev"]["mrr"] == max(row["dev"]["mrr"] for row in rows), "by which few dev facts choose"
+        assert best["tried"][0]["template"] == best["template"]
+        assert {each["test_p_at_1"] for each in best["tried"]} == {row["p_at_1"] for row in rows}
     micro = [methods[column]["micro"]["p_at_1"] for column in each]
     assert methods[MEAN]["micro"]["p_at_1"] == pytest.approx(statistics.fmean(micro))
     entry = json.loads((out / "leaderboard_entry.json").read_text())
@@ -56,6 +59,30 @@ def test_each_wording_their_mean_and_the_best_on_dev(run):
     lines = [json.loads(line) for line in (out / "predictions" / "P36.jsonl").read_text().splitlines()]
     assert {line["method"] for line in lines} == {*each, "best-manual"}
     assert len(lines) == 4 * len(CAPITALS)
+
+
+def test_more_wordings_are_tried_beside_those_of_the_data(run, tmp_path):
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"relation": "P30", "template": "[X] belongs to [Y]."}\n')
+    results, _ = run(wordings=more, relations=("P30",))
+    tried = results["methods"]["best-manual"]["relations"]["P30"]["tried"]
+    assert {each["template"] for each in tried} == {*WORDINGS["P30"], "[X] belongs to [Y]."}
+
+
+@pytest.mark.parametrize("scores", ["all", "rank", "best"])
+def test_what_is_scored(run, scores):
+    """The same answers with each; ranks and probabilities as far as they are known."""
+    results, out = run(scores=scores)
+    assert list(results["metrics"]) == (["p_at_1"] if scores == "best" else ["p_at_1", "p_at_10", "mrr"])
+    lines = [json.loads(line) for line in (out / "predictions" / "P36.jsonl").read_text().splitlines()]
+    assert scores == "best" or all(line["rank"] for line in lines)
+    assert scores != "all" or all(line["probability"] is not None for line in lines)
+    assert all(line["top"] for line in lines)
+    right = [line for line in lines if line["method"] == "manual"]
+    score = results["methods"]["manual"]["relations"]["P36"]["p_at_1"]
+    assert sum(line["top"][0][0] == line["object"] for line in right) / len(right) == pytest.approx(score)
+    assert "P@1" in (out / "report.html").read_text()
+    assert run(scores=scores, resume=True)[0] == results
 
 
 def test_without_dev_there_is_no_best(run):

@@ -59,7 +59,7 @@ def compare(evaluator, backbone, task, facts: int, size: PassSize, tolerance: fl
 def test_the_packaged_model_on_six_relations(evaluator):
     backbone = load_backbone("smollm2-135m")
     names = ("P1376", "P412", "P20", "P177", "P103", "P87")
-    begin = AskFor(begin=True)  # as LM Pub Quiz has it
+    begin = AskFor(begin=True, needs="all")  # as LM Pub Quiz has it
     tasks = lama_tasks(load_data(str(SHARED)), backbone, begin, names=names, splits=("test",), limit=1, seed=0)
     for task in tasks.values():
         compare(evaluator, backbone, task, 1, PassSize(256, 2048), tolerance=1e-3)
@@ -70,6 +70,6 @@ def test_the_packaged_model_on_six_relations(evaluator):
 def test_masked_models(evaluator, kind, tmp_path):
     backbone = masked_backbone(kind)
     data = load_data(str(write_bear(tmp_path / "bear")))
-    tasks = lama_tasks(data, backbone, AskFor(), names=(), splits=("test",), limit=None, seed=0)
+    tasks = lama_tasks(data, backbone, AskFor(needs="all"), names=(), splits=("test",), limit=None, seed=0)
     for task in tasks.values():
         compare(evaluator, backbone, task, 2, PassSize(64, 256), tolerance=1e-4)

@@ -20,7 +20,8 @@ from megaprompt.seeds import seed_of
 from megaprompt.tasks.candidates import LearnBy
 from megaprompt.tasks.lama.facts import Data, Relation, read_vocabulary
 from megaprompt.tasks.lama.one_token import OneToken
-from megaprompt.tasks.lama.whole_answers import WholeAnswers, WholeAnswersTask, examples_of
+from megaprompt.tasks.lama.whole_answers import BestAnswer, WholeAnswers, WholeAnswersTask, examples_of
+from megaprompt.tasks.search import Needs
 from megaprompt.tasks.task import SPLITS, Example, Split, Task
 
 logger = logging.getLogger(__name__)
@@ -109,12 +110,14 @@ class AskFor:
         learn_by: what training on whole answers makes small (`tasks.candidates`).
         begin: put the model's beginning-of-text token before every whole answer's sentence, even if its tokenizer
             does not.
+        needs: what must be known of whole answers (`tasks.search`).
     """
 
     vocabulary: Vocabulary | None = None
     among_allowed: bool = False
     learn_by: LearnBy = "candidates"
     begin: bool = False
+    needs: Needs = "rank"
 
     @property
     def answers(self) -> str:
@@ -189,7 +192,7 @@ def _task_maker(backbone: Backbone, ask_for: AskFor, limit: int | None, seed: in
         if begin is None:
             raise UsageError(f"--bos always: the tokenizer of {backbone.name} has no beginning-of-text token")
         encoder = encoder._replace(prefix=(begin,))
-    candidates = WholeAnswers(ask_for.learn_by)
+    candidates = (BestAnswer if ask_for.needs == "best" else WholeAnswers)(ask_for.learn_by, ask_for.needs)
 
     def by_candidates(relation: Relation) -> Task:
         found = examples_of(relation, encoder)

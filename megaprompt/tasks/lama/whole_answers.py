@@ -8,6 +8,7 @@ by masked models, whose pseudo log-likelihood is that of the whole sentence.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,24 +44,20 @@ class WholeAnswers(Candidates):
     selects = OneToken.selects
     items = "facts"
 
-    def blank(self, instances: int) -> Answers:
-        """Of each fact the `rank` of its object among the candidates (1 is best) and its `log_probability` among them;
-        `top` [facts, k] the best ones, best first, and their `top_log_probability` among them."""
-        return {
-            "rank": torch.zeros(instances, dtype=torch.int64),
-            "log_probability": torch.zeros(instances, dtype=torch.float64),
-            "top": torch.zeros(instances, self.top, dtype=torch.int64),
-            "top_log_probability": torch.zeros(instances, self.top, dtype=torch.float64),
-        }
-
-    def answer(self, scores: Tensor, gold: Tensor) -> Answers:
+    def answer(self, scores: Tensor, gold: Tensor, complete: Tensor | None = None) -> Answers:
+        """Of each fact the `rank` of its object among the candidates (1 is best; 0 if it is only known not to be the
+        best; the last if its score is no number) and its `log_probability` among them; `top` [facts, k] the best ones,
+        best first, and their `top_log_probability` among them. Log-probabilities are not numbers where not all scores
+        are known."""
         top, probabilities = best(scores, self.top)
-        right = scores.log_softmax(1).gather(1, gold[:, None])[:, 0]
+        right = scores.gather(1, gold[:, None])[:, 0]
+        no_rank = 0 if self.needs == "best" else scores.shape[1]
+        unknown = torch.zeros_like(gold, dtype=torch.bool) if complete is None else ~complete.to(gold.device)
         found = {
-            "rank": ranks(scores, gold),
-            "log_probability": right.double(),
+            "rank": ranks(scores, gold).masked_fill(right == -torch.inf, no_rank),
+            "log_probability": (right - scores.logsumexp(1)).double().masked_fill(unknown, torch.nan),
             "top": top,
-            "top_log_probability": probabilities.double(),
+            "top_log_probability": probabilities.double().masked_fill(unknown[:, None], torch.nan),
         }
         return {name: value.cpu() for name, value in found.items()}
 
@@ -75,14 +72,28 @@ class WholeAnswers(Candidates):
         return super().majority(*by_text)
 
     def describe(self, example: Example, answers: Answers, i: int) -> dict[str, Any]:
-        top = zip(answers["top"][i].tolist(), answers["top_log_probability"][i].exp().tolist(), strict=True)
+        """Probabilities are None where not all candidates were scored, and so is a rank that is not known."""
+        texts = [example.candidates[place] for place in answers["top"][i].tolist() if place >= 0]
+        top = zip(texts, answers["top_log_probability"][i].exp().tolist(), strict=False)
+        probability = answers["log_probability"][i].exp().item()
         return {
             "subject": example.fields["X"],
             "object": example.answer,
-            "rank": int(answers["rank"][i]),
-            "probability": answers["log_probability"][i].exp().item(),
-            "top": [[example.candidates[place], round(p, 6)] for place, p in top if place >= 0],
+            "rank": int(answers["rank"][i]) or None,
+            "probability": None if math.isnan(probability) else probability,
+            "top": [[text, None if math.isnan(p) else round(p, 6)] for text, p in top],
         }
+
+
+class BestAnswer(WholeAnswers):
+    """The same where only the best answer is asked for: ranks are not known."""
+
+    metrics = {"p_at_1": OneToken.metrics["p_at_1"]}  # noqa: RUF012 (constant)
+    selects = ("p_at_1",)  # type: ignore[assignment]
+
+    def measure(self, answers: Answers, asked: Sequence[Example] | Sequence[Instance]) -> dict[str, float]:
+        """P@1 among the candidates."""
+        return {"p_at_1": super().measure(answers, asked)["p_at_1"]}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,91 @@
+"""What a model learns while it is trained: a callback for transformers' Trainer that probes it every so many steps.
+
+from megaprompt.callback import ProbeCallback
+from megaprompt.config import ProbeConfig
+config = ProbeConfig(backbone="my model", data="world", methods=("manual",), out=Path("runs/training"))
+trainer.add_callback(ProbeCallback(config, tokenizer, every=500))
+
+Each time a run is written to OUT/step-0000500, ..., with a report of its own; `megaprompt report OUT` shows what was
+learned when.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch.distributed as dist
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from megaprompt.backbone.borrowed import borrowed
+from megaprompt.config import ProbeConfig
+from megaprompt.distributed.world import World
+from megaprompt.engine.trainer import Interrupted
+from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.run.directory import RunDirectory
+from megaprompt.run.job import probe
+
+logger = logging.getLogger(__name__)
+
+
+class ProbeCallback(TrainerCallback):
+    """Probes the model before the first step, after every so many, and after the last one.
+
+    What goes wrong the first time is raised; later it is logged, and training goes on.
+
+    Args:
+        config: of `megaprompt probe`; its `backbone` is what reports call the model, its `out` holds a run for each
+            step. All methods that leave the weights as they are can be used.
+        tokenizer: of the model.
+        every: steps of the optimizer.
+
+    Raises:
+        UsageError: a method would train the weights.
+    """
+
+    def __init__(self, config: ProbeConfig, tokenizer: PreTrainedTokenizerBase, every: int) -> None:
+        if training := [method for method in config.methods if "fine-tuning" in method]:
+            raise UsageError(f"--methods {training[0]}: would train the weights of a model that is being trained")
+        if every < 1:
+            raise UsageError(f"every={every}: give a number of steps above 0")
+        self._config, self._tokenizer, self._every = config, tokenizer, every
+        self._done: set[int] = set()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        self._probe(more["model"], state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        if state.global_step % self._every == 0:
+            self._probe(more["model"], state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        self._probe(more["model"], state.global_step)
+
+    def _probe(self, model: PreTrainedModel, step: int) -> None:
+        """All processes of the training share the questions."""
+        if step in self._done:
+            return
+        out = self._config.out / f"step-{step:07d}"
+        config = dataclasses.replace(self._config, out=out, resume=(out / "config.yaml").is_file())
+        world = World(device=model.device)
+        if dist.is_initialized():
+            world = World(dist.get_rank(), dist.get_world_size(), model.device)
+        try:
+            if not RunDirectory(out).read_results().get("complete"):  # as after a training that is continued
+                with borrowed(model, self._tokenizer, config.backbone) as backbone:
+                    probe(config, world, backbone)
+        except MegapromptError as error:
+            if isinstance(error, Interrupted) or not self._done:
+                raise
+            logger.warning("step %d is not probed: %s", step, error)
+        self._done.add(step)
