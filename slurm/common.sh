@@ -27,10 +27,12 @@ run_directory() {
 }
 
 # probe_job SCRIPT OUT ARGUMENTS...
-# In a job: run the probe on all tasks, survive the time limit, and continue what is already in the run's directory.
-# On a login node: check the arguments and submit SCRIPT, with the arguments that it was started with.
+# In a job: run COMMAND of megaprompt (probe, if not set) on all tasks, survive the time limit, and continue what is
+# already in the run's directory. On a login node: check the arguments and submit SCRIPT, with the arguments that it was
+# started with.
 probe_job() {
   local script=$1 name=${SLURM_JOB_NAME:-$(basename "$1")} out started step="" code=1 time_is_up="" signalled=""
+  local command=${COMMAND:-probe}
   shift
 
   # Slurm sends USR1 to this script some time before the limit (#SBATCH --signal). The ranks are told, write a
@@ -45,7 +47,7 @@ probe_job() {
 
   # Seconds, one process, no weights: options, backbone, data, disk, memory, versions. Ends here if something is wrong.
   [[ ${SLURM_JOB_ID:-} ]] || export MEGAPROMPT_LOGIN_NODE=1 # whose memory does not matter
-  "${PYTHON[@]}" -m megaprompt probe "${arguments[@]}" --check || die "the check failed, see above; no rank was started"
+  "${PYTHON[@]}" -m megaprompt "$command" "${arguments[@]}" --check || die "the check failed, see above; no rank was started"
 
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
     unset MEGAPROMPT_LOGIN_NODE
@@ -55,7 +57,7 @@ probe_job() {
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
   if [[ ! $time_is_up ]]; then
     # A rank that fails takes the others along. In the background, since bash runs traps between foreground commands.
-    srun --kill-on-bad-exit=1 "${PYTHON[@]}" -m megaprompt probe "${arguments[@]}" &
+    srun --kill-on-bad-exit=1 "${PYTHON[@]}" -m megaprompt "$command" "${arguments[@]}" &
     step=$!
     while signalled=; do
       code=0
@@ -73,22 +75,69 @@ probe_job() {
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # until Slurm ends this start
   fi
-  echo "$name: the probe ended with exit code $code; the same sbatch command continues it" >&2
+  echo "$name: it ended with exit code $code; the same sbatch command continues it" >&2
   exit "$code"
 }
 
 # submit_array TASKS ARGUMENTS...
-# On a login node: submit this script as an array, and once more for a report when all of its tasks have ended.
+# On a login node, or in a job: submit this script as an array, and once more for a report when all tasks have ended.
 submit_array() {
-  local last=$(($1 - 1)) options array report
+  local last=$(($1 - 1)) options array report script=${SCRIPT:-$0}
   shift
   read -ra options <<<"${SBATCH_OPTIONS:-}"
-  array=$(sbatch --parsable --array="0-$last" "${options[@]}" "$0" "$@")
+  array=$(sbatch --parsable --array="0-$last" "${options[@]}" "$script" "$@")
   # afterany: the report says what is missing. (afterok would be cancelled, by the option after it, if a task failed.)
   report=$(MEGAPROMPT_REPORT=1 sbatch --parsable --dependency="afterany:$array" --kill-on-invalid-dep=yes \
-    --job-name="$(basename "$0" .sh)_report" --output=%x-%j.out --nodes=1 --ntasks-per-node=1 --gpus-per-node=0 \
-    --signal=TERM@10 "$0" "$@")
+    --job-name="$(basename "$script" .sh)_report" --output=%x-%j.out --nodes=1 --ntasks-per-node=1 --gpus-per-node=0 \
+    --signal=TERM@10 "$script" "$@")
   echo "submitted: array $array, then report $report"
+}
+
+run="" check="" options=() all=() # set by run_of
+
+# array_of_runs OUT TASKS ARGUMENTS...
+# What a script does whose array has a run for each task. `run_of TASK` sets `run`, its directory, `options`, with which
+# COMMAND makes it, and `check`, what is checked before the start, once each, with the options `all` behind the others.
+# In a task of the array: that run. In the last job: the report over OUT/runs/*, or, with PARTS, over directories of runs
+# there; it fails if a run is not complete. Else, with bash or sbatch: check, and submit both with ARGUMENTS, those that
+# the script was started with.
+array_of_runs() {
+  local out=$1 count=$2 task missing="" results checked="|"
+  shift 2
+  if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    run_of "$SLURM_ARRAY_TASK_ID"
+    probe_job "$SCRIPT" "$run" "${options[@]}" --out "$run"
+  elif [[ ${MEGAPROMPT_REPORT:-} ]]; then
+    if [[ ${PARTS:-} ]]; then # a run of which no part is complete has no scores yet
+      mapfile -t results < <(grep -ls '"complete": true' "$out"/runs/*/*/results.json)
+      mapfile -t results < <(printf '%s\n' "${results[@]%/*/results.json}" | sort -u)
+    else
+      results=("$out"/runs/*/results.json)
+      results=("${results[@]%/results.json}")
+    fi
+    "${PYTHON[@]}" -m megaprompt report "${results[@]}" --out "$out"
+    for ((task = 0; task < count; task++)); do
+      run_of "$task"
+      if ! grep -qs '"complete": true' "$run/results.json"; then
+        echo "$(basename "$SCRIPT"): $run is not complete; see the log of task $task" >&2
+        missing=1
+      fi
+    done
+    exit "${missing:-0}"
+  else
+    [[ ${SLURM_JOB_ID:-} ]] || export MEGAPROMPT_LOGIN_NODE=1
+    for ((task = 0; task < count; task++)); do
+      run_of "$task"
+      if [[ $checked != *"|$check|"* ]]; then
+        checked+="$check|"
+        echo "== $check"
+        "${PYTHON[@]}" -m megaprompt "${COMMAND:-probe}" "${options[@]}" "${all[@]}" --out "$out/check" --check
+      fi
+    done
+    unset MEGAPROMPT_LOGIN_NODE
+    submit_array "$count" "$@"
+    echo "the table will be in $out/report.html"
+  fi
 }
 
 for argument in "$@"; do

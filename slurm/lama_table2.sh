@@ -3,6 +3,7 @@
 # report.
 #
 #   bash slurm/lama_table2.sh BACKBONE,BACKBONE,... [OPTIONS OF megaprompt probe]      check here, then submit both jobs
+#   sbatch slurm/lama_table2.sh ...                                                    the same, from a job
 #
 # From the repository's root. Answers are the words that all of these backbones can give (as in LAMA-29k), unless --vocab
 # says otherwise; facts are in DATA or --data. The runs are in OUT/runs, the report is OUT/report.html (--out,
@@ -22,6 +23,7 @@ set -euo pipefail
 
 [[ -f slurm/common.sh ]] || { echo "lama_table2.sh: start it from the repository's root directory" >&2; exit 2; }
 source slurm/common.sh
+SCRIPT=slurm/lama_table2.sh
 
 [[ ${1:-} && $1 != -* ]] || usage "$0"
 IFS=, read -ra backbones <<<"$1"
@@ -32,42 +34,16 @@ read -ra groups <<<"$METHODS"
 read -ra seeds <<<"$SEEDS"
 [[ " ${arguments[*]}" == *" --vocab"* ]] || arguments+=(--vocab "$out/vocabulary.txt")
 
-# run_of TASK: sets the backbone, methods and seed of a task, and the directory of its run.
+# run_of TASK: the backbone, methods and seed of a task, and the directory of its run.
 run_of() {
-  methods=${groups[$1 % ${#groups[@]}]}
-  seed=${seeds[$1 / ${#groups[@]} % ${#seeds[@]}]}
-  backbone=${backbones[$1 / ${#groups[@]} / ${#seeds[@]}]%/}
+  local methods=${groups[$1 % ${#groups[@]}]} seed=${seeds[$1 / ${#groups[@]} % ${#seeds[@]}]}
+  local backbone=${backbones[$1 / ${#groups[@]} / ${#seeds[@]}]%/}
   run=$out/runs/${backbone//\//--}-${methods//,/-}-seed$seed # with all of its path: a/final is not b/final
+  options=("${arguments[@]}" --backbone "$backbone" --methods "$methods" --seed "$seed")
+  check=$backbone all=(--methods "${METHODS// /,}")
 }
-tasks=$((${#backbones[@]} * ${#groups[@]} * ${#seeds[@]}))
 
-if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-  run_of "$SLURM_ARRAY_TASK_ID"
-  probe_job "$0" "$run" "${arguments[@]}" --backbone "$backbone" --methods "$methods" --seed "$seed" --out "$run"
-elif [[ ${MEGAPROMPT_REPORT:-} ]]; then
-  results=("$out"/runs/*/results.json)
-  "${PYTHON[@]}" -m megaprompt report "${results[@]%/results.json}" --out "$out"
-  for ((task = 0; task < tasks; task++)); do
-    run_of "$task"
-    if ! grep -qs '"complete": true' "$run/results.json"; then
-      echo "lama_table2.sh: $run is not complete; see the log of task $task" >&2
-      missing=1
-    fi
-  done
-  exit "${missing:-0}"
-elif [[ ${SLURM_JOB_ID:-} ]]; then
-  die "start it with bash, not sbatch: it submits two jobs"
-else
-  if [[ ${arguments[-1]} == "$out/vocabulary.txt" && ! -f $out/vocabulary.txt ]]; then
-    "${PYTHON[@]}" -m megaprompt data vocabulary --backbones "$1" --out "$out/vocabulary.txt"
-  fi
-  export MEGAPROMPT_LOGIN_NODE=1
-  for backbone in "${backbones[@]}"; do
-    echo "== $backbone"
-    "${PYTHON[@]}" -m megaprompt probe "${arguments[@]}" --backbone "$backbone" --methods "${METHODS// /,}" \
-      --out "$out/check" --check
-  done
-  unset MEGAPROMPT_LOGIN_NODE
-  submit_array "$tasks" "$@"
-  echo "the table will be in $out/report.html"
+if [[ -z ${SLURM_ARRAY_TASK_ID:-}${MEGAPROMPT_REPORT:-} && ${arguments[-1]} == "$out/vocabulary.txt" && ! -f $out/vocabulary.txt ]]; then
+  "${PYTHON[@]}" -m megaprompt data vocabulary --backbones "$1" --out "$out/vocabulary.txt"
 fi
+array_of_runs "$out" $((${#backbones[@]} * ${#groups[@]} * ${#seeds[@]})) "$@"

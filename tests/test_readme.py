@@ -34,7 +34,8 @@ NOT_RUN = {
     "the small checkpoint cannot answer; its logits and gradients are tested in tests/backbone/test_megatron.py",
     "torchrun --nproc-per-node 2 -m megaprompt probe --deepspeed ds_configs/zero3.json --out runs/two-ranks": "is run "
     "by a test of its own, with a small model",
-    "megaprompt superglue --data path/to/FewGLUE --setting few-shot --methods manual,in-context,p-tuning": "is run "
+    "megaprompt data fetch fewglue": "likewise",
+    "megaprompt superglue --data data/fewglue --setting few-shot --methods manual,in-context,p-tuning": "is run "
     "with a small model in tests/run/test_superglue.py",
     "megaprompt superglue --data path/to/FewGLUE --tasks rte,cb --methods fine-tuning,manual+fine-tuning,p-tuning "
     "--tune both": "likewise",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from cyclopts import App
@@ -14,11 +15,19 @@ data = App(name="data", help="Fetch published facts, make a vocabulary that seve
 
 @data.command
 def fetch(config: FetchConfig) -> None:
-    """Download published facts into a directory for --data. Called again, it goes on where it stopped."""
+    """Download published facts or examples into a directory for --data. Called again, it goes on where it stopped."""
     from megaprompt.tasks.fetch import SOURCES, fetch, fetch_from_hub
+    from megaprompt.tasks.releases import RELEASES, fetch_release
 
-    source = SOURCES[config.source]
     out = config.out or Path("data") / config.source
+    if config.source in RELEASES:
+        release = RELEASES[config.source]
+        if config.url is not None:
+            release = dataclasses.replace(release, url=config.url)
+        print(f"{out} has {fetch_release(release, out)}")
+        print(f"megaprompt {release.use} --data {out} ...")
+        return
+    source = SOURCES[config.source]
     if config.url is not None:
         source = source._replace(url=config.url, relations_url=None)
     fetched = fetch(source, out) if config.hub is None else fetch_from_hub(config.hub, out)

@@ -15,15 +15,16 @@ from megaprompt.errors import UsageError
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class FetchConfig:
-    """Download published facts into a directory for --data. Called again, it goes on where it stopped."""
+    """Download published facts or examples into a directory for --data. Called again, it goes on where it stopped."""
 
-    source: Literal["lama", "autoprompt-trex", "p-tuning-lama"] = field(kw_only=False)
-    """lama (LAMA's test facts), autoprompt-trex (AutoPrompt's train, dev and test), or p-tuning-lama (the same with the
-    vocabularies of the P-tuning paper)."""
+    source: Literal["lama", "autoprompt-trex", "p-tuning-lama", "superglue", "fewglue", "bear"] = field(kw_only=False)
+    """lama (LAMA's test facts), autoprompt-trex (AutoPrompt's train, dev and test), p-tuning-lama (the same with the
+    vocabularies of the P-tuning paper), superglue (train and val of seven tasks), fewglue (32 examples of each to learn
+    from and 32 to choose on), or bear (BEAR and BEAR-big)."""
     out: Path | None = None
     """Directory to write; data/SOURCE if not given. It must not exist."""
     url: str | None = None
-    """Another address of the archive, such as a mirror."""
+    """Another address of the archive, such as a mirror. Of superglue: of the directory with BoolQ.zip and others."""
     hub: str | None = None
     """Take LAMA from the model hub instead, with the package datasets: facebook/lama, or one with the same columns."""
 

@@ -107,7 +107,7 @@ class RunConfig:
     @property
     def trains_weights(self) -> bool:
         """Whether a method trains the backbone's own weights."""
-        return any("fine-tuning" in column for column in self.columns)
+        return any("fine-tuning" in column or column == "pet" for column in self.columns)
 
     def recipe_options(self) -> dict[str, Any]:
         """What was given for the recipe that `recipe` names."""

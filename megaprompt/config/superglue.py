@@ -21,7 +21,9 @@ SUPERGLUE_TASKS = ("BoolQ", "CB", "COPA", "MultiRC", "RTE", "WiC", "WSC")
 class SuperGlueConfig(RunConfig):
     """Measure how well a language model does SuperGLUE's tasks: with manual prompts, learned ones, and fine-tuned."""
 
-    METHODS: ClassVar = ("manual", "in-context", "p-tuning", "fine-tuning", "manual+fine-tuning")
+    METHODS: ClassVar = (
+        "manual", "best-manual", "in-context", "p-tuning", "fine-tuning", "manual+fine-tuning", "pet"
+    )  # fmt: skip
 
     PARTS: ClassVar = "tasks"
 
@@ -30,9 +32,10 @@ class SuperGlueConfig(RunConfig):
     out: Path = Path("runs/superglue")
     """Directory of this run. It must not hold another run."""
     methods: Names = ("manual", "p-tuning")
-    """What to compare: manual, in-context (training examples before the question), p-tuning (see --tune), fine-tuning
-    (of the whole model and a classifier on it), manual+fine-tuning (of the whole model, on the manual prompt). Always
-    giving the most frequent answer is reported beside them."""
+    """What to compare: manual, best-manual (of PET's patterns the best on dev, and their mean), in-context (training
+    examples before the question), p-tuning (see --tune), fine-tuning (of the whole model and a classifier on it),
+    manual+fine-tuning (of the whole model, on the manual prompt), pet (the same on each of PET's patterns: their mean,
+    and the best on dev). Always giving the most frequent answer is reported beside them."""
     tune: Literal["prompts", "both"] = "prompts"
     """What p-tuning trains: prompts, with the model frozen, or both prompts and model, as the paper does on SuperGLUE.
     Results call the latter p-tuning+fine-tuning."""

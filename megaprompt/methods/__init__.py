@@ -14,6 +14,7 @@ from megaprompt.methods.majority import Majority
 from megaprompt.methods.manual import Manual
 from megaprompt.methods.method import Method
 from megaprompt.methods.p_tuning import UNTRAINED, PTuning
+from megaprompt.methods.patterns import BestPattern, Pet
 from megaprompt.methods.wordings import Wordings
 from megaprompt.prompting.recipe import RECIPES, Tuning, chosen, chosen_tuning
 from megaprompt.tasks.superglue.recipes import BATCH_SIZES, LEARNING_RATES, paper_tuning
@@ -74,11 +75,13 @@ def superglue_methods(config: SuperGlueConfig) -> list[Method]:
     recipe = chosen(RECIPES[config.recipe], config.recipe_options())
     methods: dict[str, Method] = {
         "manual": Manual(),
+        "best-manual": BestPattern(),
         "in-context": InContext(),
         "p-tuning": PTuning(recipe, config.encoder, groups=config.relation_groups),
     }
     for name in ("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning"):
         methods[name] = FineTuning(name, lambda task: _tunings(config, task), config.encoder)
+    methods["pet"] = Pet(FineTuning("pet", lambda task: _tunings(config, task)))
     return [Majority(), *(method for name, method in methods.items() if name in config.columns)]
 
 

@@ -70,27 +70,36 @@ class FineTuning:
 
     def run(self, context: Context) -> None:
         def score(task: Task, should_stop: ShouldStop) -> dict[str, Scored]:
-            way, template = self._asked(task)
-            one = _OneTask(context, self, way, template, should_stop)
-            recipes = self.recipes(task.name)
-            several = len(recipes) > 1
-
-            def learn(name: str, tuning: Tuning) -> dict[str, Any]:
-                if not several:
-                    return one.learn(tuning)
-                return context.kept(f"{self.column}/{task.name}/{name}", lambda: one.learn(tuning, name))
-
-            found = {name: learn(name, tuning) for name, tuning in recipes.items()}
-            learned = {name: each for name, each in found.items() if each["answers"] is not None} or found
-            evidence = {name: _evidence(way, each["dev"]) for name, each in learned.items()}
-            chosen = max(evidence, key=lambda name: evidence[name])  # the first among equals
-            best = found[chosen]
-            row = context.row(way, template, best["dev"], epochs=best["epochs"], diverged=best["diverged"])
-            if several:
-                row |= {"chosen": chosen, "tried": [{"name": name, **each["dev"]} for name, each in learned.items()]}
-            return {self.column: Scored(row, best["answers"], way)}
+            return {self.column: self.learned(context, *self._asked(task), should_stop)}
 
         context.each_task(self.columns, score, own_progress=True)
+
+    def learned(
+        self, context: Context, task: Task, template: Template, should_stop: ShouldStop, pattern: str = ""
+    ) -> Scored:
+        """Train on one task, as it is asked, and score; by the best of several recipes.
+
+        Args:
+            pattern: the name of the prompt, if it is one of several that are learned with.
+        """
+        one = _OneTask(context, self, task, template, should_stop)
+        recipes = self.recipes(task.name)
+        several = len(recipes) > 1
+
+        def learn(recipe: str, tuning: Tuning) -> dict[str, Any]:
+            if not (name := ", ".join(filter(None, (pattern, recipe)))):
+                return one.learn(tuning)
+            return context.kept(f"{self.column}/{task.name}/{name}", lambda: one.learn(tuning, name))
+
+        found = {name: learn(name, tuning) for name, tuning in recipes.items()}
+        learned = {name: each for name, each in found.items() if each["answers"] is not None} or found
+        evidence = {name: _evidence(task, each["dev"]) for name, each in learned.items()}
+        chosen = max(evidence, key=lambda name: evidence[name])  # the first among equals
+        best = found[chosen]
+        row = context.row(task, template, best["dev"], epochs=best["epochs"], diverged=best["diverged"])
+        if several:
+            row |= {"chosen": chosen, "tried": [{"name": name, **each["dev"]} for name, each in learned.items()]}
+        return Scored(row, best["answers"], task)
 
 
 def _evidence(task: Task, dev: Mapping[str, float]) -> list[float]:

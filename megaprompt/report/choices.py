@@ -83,13 +83,17 @@ def _tried(
     method: str, each: Mapping[str, Any], row: Mapping[str, Any], first: bool, dev: int, scoring: Scoring
 ) -> Tried:
     """A line of `tried`: the first is what was chosen, where the row does not name it."""
-    what = each.get("template") or _demonstrations(each) or candidate_in_words(str(each.get("name", "–")))
+    what = (
+        ": ".join(each[key] for key in ("name", "template") if key in each and "template" in each)
+        or _demonstrations(each)
+        or candidate_in_words(str(each.get("name", "–")))
+    )
     chosen = each.get("name") == row["chosen"] if "chosen" in row else first
     metrics = {metric: each[metric] for metric in scoring.metrics if metric in each}
     test = each.get(f"test_{scoring.score}")
     return Tried(
         method, what, metrics, each.get("dev_examples", dev), each.get("dropped_after"),
-        test if known(test) else None, chosen, "template" in each,
+        test if known(test) else None, chosen, "template" in each and method != "pet-best",
     )  # fmt: skip
 
 

@@ -32,6 +32,17 @@ from megaprompt.report.choices import choices_of
 from megaprompt.report.comparison import compare
 from megaprompt.report.controls import control_sections
 from megaprompt.report.runs import Run, Scoring, backbone_name, known, percent, plural, points, read_run
+from megaprompt.report.superglue import SuperGlueTable, superglue_table
+from megaprompt.report.superglue_chart import averages_chart
+from megaprompt.report.superglue_formats import (
+    headings,
+    legend_of,
+    on_intervals,
+    shown_lines,
+    superglue_csv,
+    superglue_latex,
+    superglue_markdown,
+)
 from megaprompt.report.table2 import AVERAGES, Table2, join
 from megaprompt.report.table2_formats import HEADINGS, as_csv, latex, legend, lines_of, markdown, relation_text
 from megaprompt.report.tables import data_and_vocabulary, has_gain, lead_of, methods_in_order, notes_of, rows_of
@@ -50,6 +61,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     found = read_run(run)
     out, results = out or run, found.results
     table = join([found])
+    superglue = superglue_table(table)
     figures = _run_figures(found)
     relations, averages, types = rows_of(results)
     abouts = results["data"]["relations"].values()
@@ -78,9 +90,10 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         smallest=min((row for row in relations if row.items), key=lambda row: row.items, default=None),
         comparisons=compare(table.rows, table.relations),
         choices=choices_of(results),
+        superglue=_superglue(superglue),
         circumstances=_circumstances(results),
     )
-    write_tables(table, out)
+    write_tables(table, superglue, out)
     write_entry(results, out)
     return page
 
@@ -127,7 +140,8 @@ def write_joint_report(table: Table2, out: Path) -> Path:
     """
     if (out / "results.json").exists():
         raise UsageError(f"--out {out} holds a run with a report of its own; choose another directory")
-    figures = {"types": types_chart(table), "relations": relations_chart(table)} if table.methods else {}
+    found = superglue_table(table)
+    figures = _joint_figures(table, found)
     page = write_page(
         "table2",
         figures,
@@ -140,18 +154,49 @@ def write_joint_report(table: Table2, out: Path) -> Path:
         controls=control_sections(table),
         relation_text=relation_text,
         comparisons=compare(table.rows, table.relations),
+        superglue=_superglue(found),
     )
-    write_tables(table, out)
+    write_tables(table, found, out)
     return page
 
 
-def write_tables(table: Table2, out: Path) -> None:
+def _joint_figures(table: Table2, found: SuperGlueTable | None) -> dict[str, Figure]:
+    """Charts of several runs by name."""
+    if not table.methods:
+        return {}
+    averages = averages_chart(found) if found else None
+    first = {"averages": averages} if averages else {} if found else {"types": types_chart(table)}
+    return {**first, "relations": relations_chart(table)}
+
+
+def _superglue(found: SuperGlueTable | None) -> dict[str, Any] | None:
+    """What pages show of runs on SuperGLUE; None of others."""
+    if found is None:
+        return None
+    blocks = [(block.backbone, shown_lines(found, block)) for block in found.blocks]
+    return {
+        "table": found,
+        "headings": headings(found),
+        "blocks": blocks,
+        "sentences": legend_of(found) + on_intervals(found),
+    }
+
+
+def write_tables(table: Table2, found: SuperGlueTable | None, out: Path) -> None:
     """Write table.md, table.tex (booktabs) and table.csv into a directory.
+
+    Args:
+        found: the same runs in the layout of SuperGLUE's tables, if they are on SuperGLUE.
 
     Raises:
         MegapromptError: they cannot be written.
     """
-    for name, text in (("table.md", markdown(table)), ("table.tex", latex(table)), ("table.csv", as_csv(table))):
+    if found is None:
+        texts = {"table.md": markdown(table), "table.tex": latex(table), "table.csv": as_csv(table)}
+    else:
+        texts = {"table.md": superglue_markdown(table, found), "table.tex": superglue_latex(table, found)}
+        texts["table.csv"] = superglue_csv(found)
+    for name, text in texts.items():
         write_file(out / name, text.encode())
 
 

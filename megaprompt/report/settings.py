@@ -20,6 +20,7 @@ _SETTINGS = {
     "autoprompt": ("template", "autoprompt_steps"),
     "fine-tuning": _OF_WEIGHTS,
     "manual+fine-tuning": _OF_WEIGHTS,
+    "pet": _OF_WEIGHTS,
     "p-tuning+fine-tuning": ("encoder", "learning_rate", "weight_decay", *_OF_WEIGHTS),
 }
 """Options that change what a method gives. The others are the same for all runs of a table, or change no results."""
@@ -77,7 +78,7 @@ def _settings(run: Run) -> Settings:
     for method, keys in _SETTINGS.items():
         if run.results["methods"].get(method):
             settings[method] = {key: options[key] for key in keys} if run.options else {"run": str(run.path)}
-            if "fine-tuning" in method and run.options:
+            if ("fine-tuning" in method or method == "pet") and run.options:
                 # Weights are trained in float32 unless something says otherwise, also where the frozen ones are not.
                 said = options["dtype"] or options["deepspeed"]
                 settings[method]["dtype"] = backbone["dtype"] if said else "float32"

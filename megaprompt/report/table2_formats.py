@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from megaprompt.report.cited import FACTS_OF_THE_PAPER, SOURCE, paper_vocabulary
-from megaprompt.report.runs import plural, points
+from megaprompt.report.runs import Run, plural, points
 from megaprompt.report.table2 import AVERAGES, Average, BackboneRow, Cell, Table2
 from megaprompt.report.tables import MARK, lead_of, methods_in_order
+from megaprompt.report.wordings import over_wordings
 
 HEADINGS = {"manual": "MP", "fine-tuning": "FT", "manual+fine-tuning": "MP+FT", "p-tuning": "P-tuning"}
 HEADINGS |= {"p-tuning+fine-tuning": "P-tuning+FT"}
@@ -122,6 +123,11 @@ def legend(table: Table2) -> list[str]:
     if seeds:
         over = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
         sentences.append(f"±: standard deviation over {over} seeds.")
+    found = {row.name: over_wordings(run.results) for row in table.rows if (run := _run_of_manual(row))}
+    if several := {name: each for name, each in found.items() if each}:
+        told = (f"{name} {100 * mean:.1f} ± {100 * error:.1f}" for name, (mean, error, _) in several.items())
+        heading = f"{table.scoring.heading} over {items}, mean and standard error over manual wordings"
+        sentences.append(f"{heading}: {', '.join(told)}.")
     if any(row.cited for row in table.rows):
         name = paper_vocabulary(table.vocabulary or "") or ""
         facts = sorted({int(n) for row in table.rows for cell in row.cells.values() for n in cell.facts.sum(1)})
@@ -131,6 +137,10 @@ def legend(table: Table2) -> list[str]:
             f"Here: {here}."
         )
     return sentences
+
+
+def _run_of_manual(row: BackboneRow) -> Run | None:
+    return row.cells["manual"].runs[0] if "manual" in row.cells else None
 
 
 def _frame(table: Table2, average: Average) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -143,34 +153,36 @@ def _frame(table: Table2, average: Average) -> tuple[pd.DataFrame, pd.DataFrame]
     return cells.map(lambda cell: cell.text), cells
 
 
+def in_markdown(text: str) -> str:
+    """Text whose characters mean nothing else there."""
+    return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", text)
+
+
 def markdown(table: Table2) -> str:
     """Table 2 as Markdown."""
 
-    def escaped(text: str) -> str:
-        return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", text)
-
     def formatted(cell: Shown) -> str:
-        text = escaped(cell.text)
+        text = in_markdown(cell.text)
         return f"**{text}**" if cell.best else f"*{text}*" if cell.cited and text != "–" else text
 
-    parts = [f"# {escaped(f'{table.scoring.heading} on test, %: {table.about()}')}"]
+    parts = [f"# {in_markdown(f'{table.scoring.heading} on test, %: {table.about()}')}"]
     for average in AVERAGES:
-        cells = _frame(table, average)[1].map(formatted).rename(columns=escaped)
+        cells = _frame(table, average)[1].map(formatted).rename(columns=in_markdown)
         align = ["left", *["right"] * (len(cells.columns) - 1)]
         text = cells.to_markdown(index=False, colalign=align, disable_numparse=True)
         parts += [f"## {table.scoring.average(average)}", text or ""]
-    return "\n\n".join([*parts, *map(escaped, (*legend(table), *table.notes))]) + "\n"
+    return "\n\n".join([*parts, *map(in_markdown, (*legend(table), *table.notes))]) + "\n"
 
 
 _TEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"±": r"$\pm$", "−": "$-$", "–": "--", "†": r"$^\dagger$", "‡": r"$^\ddagger$"},
+    **{"±": r"$\pm$", "−": "$-$", "–": "--", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "°": r"$^\circ$"},
     **{"<": "$<$", ">": "$>$", "|": r"\textbar{}"},
 }
 
 
-def _as_tex(text: str) -> str:
+def as_tex(text: str) -> str:
     """Text as LaTeX; pandas' own escaping leaves out half of these."""
     return "".join(_TEX.get(character, character) for character in text)
 
@@ -184,12 +196,12 @@ def latex(table: Table2) -> str:
     parts = ["% Made by megaprompt report; needs \\usepackage{booktabs}."]
     for average in AVERAGES:
         texts, cells = _frame(table, average)
-        style = texts.style.hide(axis="index").format(_as_tex).format_index(_as_tex, axis="columns")
+        style = texts.style.hide(axis="index").format(as_tex).format_index(as_tex, axis="columns")
         style = style.apply(lambda _, cells=cells: cells.map(command), axis=None)
         columns = "l" + "r" * (len(texts.columns) - 1)
-        parts += [f"{_as_tex(table.scoring.average(average))}\n", style.to_latex(hrules=True, column_format=columns)]
+        parts += [f"{as_tex(table.scoring.average(average))}\n", style.to_latex(hrules=True, column_format=columns)]
     notes = (f"{table.about()}.", *legend(table), *table.notes)
-    return "\n".join([*parts, r"{\footnotesize", *map(_as_tex, notes), "}"]) + "\n"
+    return "\n".join([*parts, r"{\footnotesize", *map(as_tex, notes), "}"]) + "\n"
 
 
 def as_csv(table: Table2) -> str:

@@ -16,8 +16,10 @@ from rich.text import Text
 from megaprompt.report.runs import Scoring, as_schema_2, backbone_name, divergence, known, percent, plural, points
 from megaprompt.report.wordings import notes_of_answers
 
-WRITTEN = ("majority", "manual", "best-manual", "in-context", "lpaqa", "e-bert")
-SEARCHED = ("autoprompt", "fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning", "p-tuning", "best")
+WRITTEN = ("majority", "manual", "mean of patterns", "best-manual", "in-context", "lpaqa", "e-bert")
+SEARCHED = (
+    "autoprompt", "fine-tuning", "manual+fine-tuning", "pet", "pet-best", "p-tuning+fine-tuning", "p-tuning", "best"
+)  # fmt: skip
 _LEARNED = ("best", "p-tuning", "p-tuning+fine-tuning")
 MARK = " ‡"
 """Behind scores of a relation whose training diverged, and averages over fewer relations than there are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ def _evaluate(config: EvaluateConfig, methods: Sequence[str]) -> dict[str, Any]:
         if name not in names:
             raise UsageError(f"--relations {name}: no prompt in {config.prompts}, which has {', '.join(names)}")
     every = [prompt for of_method in prompts.values() for prompt in of_method.values()]
+    _must_be_of_facts(every)
     data = load_data(config.data or every[0].data)
     names = list(config.relations) or _in_both(names, data)
     backbone = _backbone_for(every, config.backbone, config.dtype)
@@ -119,6 +120,20 @@ def _evaluate(config: EvaluateConfig, methods: Sequence[str]) -> dict[str, Any]:
         scores[method] = {"relations": rows, **summarize(rows, list(OneToken.metrics))}
     among = ask_for.vocabulary and ask_for.vocabulary.name
     return {"split": config.split, "data": data.name, "vocabulary": among, "methods": scores}
+
+
+def _must_be_of_facts(prompts: Iterable[SavedPrompt]) -> None:
+    """See that prompts ask for facts.
+
+    Raises:
+        UsageError: they were learned on another kind of question, such as SuperGLUE's tasks.
+    """
+    for prompt in prompts:
+        if "[X]" not in prompt.template:
+            raise UsageError(
+                f"--prompts: {prompt.path} asks about texts of {prompt.data}, not for facts; its run has scores in "
+                "report.html and answers in predictions/; for other texts run megaprompt superglue with another --data"
+            )
 
 
 def _vocabulary_of(config: EvaluateConfig, data: Data) -> tuple[str, Data]:
@@ -169,6 +184,7 @@ def ask(config: AskConfig) -> list[tuple[str, float]]:
     if name not in prompts:
         raise UsageError(f"--relation {name}: no prompt in {config.prompts}, which has {', '.join(prompts)}")
     prompt = prompts[name]
+    _must_be_of_facts([prompt])
     backbone = _backbone_for([prompt], config.backbone, config.dtype)
     kind = config.answers or _answers_of(config.prompts, prompt)
     return {"token": _tokens, "candidates": _candidates, "text": _continuations}[kind](config, prompt, backbone)

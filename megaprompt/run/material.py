@@ -155,5 +155,7 @@ class SuperGlue:
         return {name: self.patterns[name].learned.template(causal) for name in self.data}
 
     def asked_of(self, backbone: Backbone) -> Asked:
-        tasks = superglue_tasks(self.data, self.patterns, backbone)
+        tasks = superglue_tasks(
+            self.data, self.patterns, backbone, bool({"best-manual", "pet"} & set(self.config.methods))
+        )
         return Asked(tasks, superglue_methods(self.config))

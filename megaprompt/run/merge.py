@@ -59,8 +59,9 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     log = sorted((line for run in complete for line in run.log), key=lambda line: line["time"])
     write_file(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
     for run in complete:
-        for path in (*run.path.glob("prompts/**/*.safetensors"), *run.path.glob("predictions/*.jsonl")):
-            write_file(out / path.relative_to(run.path), path.read_bytes())
+        for files in ("prompts/**/*.safetensors", "predictions/*.jsonl", "submission/*/*.jsonl"):
+            for path in run.path.glob(files):
+                write_file(out / path.relative_to(run.path), path.read_bytes())
     if all(run.options for run in complete):  # which differ only in what changes no results
         config = from_yaml(_kind(complete[0]), complete[0].path / "config.yaml")
         parts: dict[str, Any] = {config.PARTS: tuple(order)}

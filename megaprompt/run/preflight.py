@@ -134,7 +134,7 @@ class _Checks:
     def memory(self) -> str:
         training: dict[str, Method] = dict.fromkeys(("p-tuning", "best"), "p-tuning")
         training |= {"autoprompt": "p-tuning"}  # whose search needs no more
-        training |= dict.fromkeys(("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning"), "fine-tuning")
+        training |= dict.fromkeys(("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning", "pet"), "fine-tuning")
         lines = []
         for method in sorted({training[name] for name in self.config.columns if name in training}):
             found = _plan_here(self.config, method, self.templates)

@@ -82,7 +82,7 @@ def fetch(source: Source, out: Path) -> Fetched:
         UsageError: `out` exists, or the address is none.
         MegapromptError: the download failed, or the archive is damaged, dangerous, or not the expected one.
     """
-    with _work_directory(out) as work:
+    with work_directory(out) as work:
         unpacked = work / "unpacked"
         archive = download(source.url, work, CHECKSUMS.get(source.url))
         extract(archive, unpacked)
@@ -109,7 +109,7 @@ def fetch_from_hub(name: str, out: Path) -> Fetched:
 
     wanted = ("uuid", "sub_uri", "sub_label", "obj_uri", "obj_label")
     about = ("template", "label", "type")
-    with _work_directory(out) as work:
+    with work_directory(out) as work:
         try:
             # The data set itself is a program, which the package no longer runs; this is what the hub made of it.
             rows = load_dataset(name, "trex", split="train", revision="refs/convert/parquet")
@@ -136,7 +136,7 @@ def fetch_from_hub(name: str, out: Path) -> Fetched:
 
 
 @contextmanager
-def _work_directory(out: Path) -> Iterator[Path]:
+def work_directory(out: Path) -> Iterator[Path]:
     """A hidden directory beside `out`, whose part `whole` becomes `out` when everything went well.
 
     Raises:

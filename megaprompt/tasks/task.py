@@ -60,6 +60,7 @@ class Task:
     max_tokens: int | None = None  # of a query without demonstrations; longer ones are cut
     end: str = ""  # what closes a text behind the answer
     ways: Mapping[Way, Task] = field(default_factory=dict, repr=False)  # the same examples, asked for in other ways
+    patterns: Mapping[str, Task] = field(default_factory=dict, repr=False)  # likewise, by manual prompts to compare
 
     def way(self, name: Way) -> Task:
         """The task as it is to be asked; where the data know of no other way, this one."""

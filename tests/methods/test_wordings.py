@@ -7,6 +7,10 @@ import pytest
 
 from megaprompt.config import ProbeConfig
 from megaprompt.methods.wordings import MEAN
+from megaprompt.report.runs import read_run
+from megaprompt.report.table2 import join
+from megaprompt.report.table2_formats import legend
+from megaprompt.report.wordings import over_wordings
 from megaprompt.run.job import probe
 from tests.tasks.bear_data import CAPITALS, WORDINGS, write_bear
 
@@ -86,7 +90,10 @@ def test_what_is_scored(run, scores):
 
 
 def test_without_dev_there_is_no_best(run):
-    results, _ = run("BEAR")
+    results, out = run("BEAR")
+    mean, error, _ = over_wordings(results)
+    told = f"over manual wordings: {results['backbone']['name']} {100 * mean:.1f} ± {100 * error:.1f}"
+    assert told in " ".join(legend(join([read_run(out)])))
     assert list(results["methods"]) == ["majority", "manual", "wording 2", "wording 3", MEAN]
 
 

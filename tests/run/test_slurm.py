@@ -21,6 +21,7 @@ from tests.backbone.megatron_parts import random_model, write_checkpoint
 from tests.conftest import PAIRS, make_model, run_cli, write_data
 from tests.distributed.test_launch import BIN, HELLO, ROOT
 from tests.run.slurm_cluster import SlurmCluster, wait_for, why_not
+from tests.tasks.superglue.made_up import write_model, write_superglue
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
 
@@ -188,18 +189,58 @@ def test_the_whole_of_table_2(cluster, site, backbone_directory, options, tokeni
     out = tmp_path / "table"
     printed = cluster.run(
         "bash", "slurm/lama_table2.sh", f"{backbone_directory},{tmp_path / 'gpt2-small'}/", *options[2:], *epochs(3),
-        "--out", out, **site, SBATCH_OPTIONS=" ".join(SMALL), METHODS="manual,p-tuning manual+fine-tuning",
+        "--out", out, **site, SBATCH_OPTIONS=" ".join(SMALL), METHODS="manual,p-tuning",
     )  # fmt: skip
     array, report = re.search(r"array (\d+), then report (\d+)", printed).groups()
-    for task in range(4):
+    for task in range(2):
         completed(cluster, f"{array}_{task}")
     completed(cluster, report)
     assert {word for pairs in PAIRS.values() for _, word in pairs} <= set((out / "vocabulary.txt").read_text().split())
     rows = list(csv.DictReader((out / "table.csv").open()))
-    methods = {"majority", "manual", "manual+fine-tuning", "p-tuning"}
+    methods = {"majority", "manual", "p-tuning"}
     assert {(Path(row["backbone"]).name, row["method"]) for row in rows} == {
         (name, method) for name in (backbone_directory.name, "gpt2-small") for method in methods
     }
+
+
+def test_superglue_interrupted_and_requeued_is_as_undisturbed(cluster, site, tmp_path):
+    """Submitted by a job, as with sbatch; the array's first task gets the signal that its time is up."""
+    model, data = write_model(tmp_path / "model"), write_superglue(tmp_path / "data", rows=12)
+    options = ["--data", str(data), "--learning-rate", "0.01", *epochs(300)]
+    alone = [
+        "--backbone",
+        str(model),
+        "--out",
+        str(tmp_path / "alone"),
+        "--tasks",
+        "cb",
+        "--methods",
+        "manual,p-tuning",
+    ]
+    assert main(["superglue", *options, *alone]) == 0
+    out = tmp_path / "out"
+    variables = {**site, "SBATCH_OPTIONS": " ".join(SMALL), "METHODS": "manual,p-tuning", "TASKS": "cb"}
+    submitted = cluster.run(
+        "sbatch", "--parsable", *SMALL, "slurm/superglue.sh", model, *options, "--out", out, **variables
+    )
+    array, report = re.search(r"array (\d+), then report (\d+)", completed(cluster, submitted.strip())).groups()
+    job, run = f"{array}_0", out / "runs" / f"{str(model).replace('/', '--')}-manual-p-tuning-seed0" / "cb"
+
+    def training() -> bool:
+        progress = read_progress(run) if (run / "progress.json").exists() else {"state": None}
+        assert progress["state"] != "complete", "it was over before it could be disturbed"
+        return progress["state"] == "running" and progress.get("step", 0) >= 10
+
+    wait_for(training, 120, "it does not train", lambda: cluster.output(job))
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 60, "no requeue", lambda: cluster.output(job))
+    assert read_progress(run)["state"] == "interrupted"
+    completed(cluster, job)
+    completed(cluster, report)
+    assert scores(run) == scores(tmp_path / "alone")
+    one, other = (load_file(at / "prompts" / "CB.safetensors")["prompts"] for at in (run, tmp_path / "alone"))
+    assert one.equal(other)
+    assert "P-tuning, model frozen" in (out / "table.md").read_text()
 
 
 def test_memory_on_clusters_of_several_sizes(cluster, site, backbone_directory, tmp_path):

@@ -2,34 +2,28 @@
 
 import json
 import re
+import statistics
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from megaprompt.cli import main
 from megaprompt.config import SUPERGLUE_TASKS, SuperGlueConfig, from_yaml
 from tests.conftest import run_cli
-from tests.tasks.superglue.made_up import make_tokenizer, write_superglue
+from tests.report.made_up import Page
+from tests.tasks.superglue.made_up import write_model, write_superglue
 
+ORACLE = Path(__file__).parents[2] / ".fairseq" / "lib"
 QUICK = ("--learning-rate", "0.01", "--fine-tuning-rate", "0.001", "--max-epochs", "2")
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """A transformers directory, as a user has it."""
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=64,
-        vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -47,6 +41,45 @@ def superglue(model, tmp_path):
 
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def labels_of(row: dict, question: int | None = None) -> list[str]:
+    """The labels of a line of the data or of a submission; of MultiRC's, those of all answers or of one question's."""
+    if "passage" not in row or isinstance(row["passage"], str):
+        return [str(row["label"]).lower()]
+    questions = row["passage"]["questions"]
+    return [
+        str(a["label"]) for q in (questions if question is None else questions[question:][:1]) for a in q["answers"]
+    ]
+
+
+def as_scikit_learn(run: Path, data: Path, results: dict, methods: Iterable[str]) -> None:
+    """Scores, from the labels in the data and the answers that a run submits, without any of our own code."""
+    sys.path.append(str(ORACLE))
+    try:
+        metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed (make fairseq does it)")
+    finally:
+        sys.path.remove(str(ORACLE))
+    for task in SUPERGLUE_TASKS:
+        rows = read_lines(data / task / "val.jsonl")
+        for method in methods:
+            lines = read_lines(run / "submission" / method / f"{task}.jsonl")
+            gold = [label for row in rows for label in labels_of(row)]
+            said = [label for line in lines for label in labels_of(line)]
+            row = results[method]["relations"][task]
+            if task == "MultiRC":
+                assert row["f1a"] == pytest.approx(metrics.f1_score(gold, said, pos_label="1", zero_division=0))
+                exact = [
+                    labels_of(line, q) == labels_of(row, q)
+                    for row, line in zip(rows, lines, strict=True)
+                    for q in (0, 1)
+                ]
+                assert row["em"] == pytest.approx(metrics.accuracy_score([True] * len(exact), exact))
+                continue
+            assert row["accuracy"] == pytest.approx(metrics.accuracy_score(gold, said))
+            if task == "CB":
+                expected = metrics.f1_score(gold, said, average="macro", zero_division=0)
+                assert row["macro_f1"] == pytest.approx(expected)
 
 
 def test_seven_tasks_make_a_run_with_all_its_files(superglue, tmp_path, capsys):
@@ -84,6 +117,7 @@ def test_seven_tasks_make_a_run_with_all_its_files(superglue, tmp_path, capsys):
     assert "Over 7 tasks, the mean score of p-tuning on test is" in text
     assert "<em>Score</em> is the mean of the metrics of a task" in page
     assert not re.search(r"\b(None|nan|Undefined|P@1|relations?|facts?)\b", text.partition(" Run ")[0])
+    as_scikit_learn(run, tmp_path / "data", results["methods"], set(results["methods"]) - {"majority"})
 
 
 def test_classifiers_are_trained_where_train_has_both_classes(superglue, tmp_path):
@@ -212,6 +246,88 @@ def test_the_majority_of_train_that_was_chosen_is_that_of_dev(superglue, tmp_pat
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     gold = [line["gold"] for line in read_lines(tmp_path / "run" / "predictions" / "WSC.jsonl")]
     assert results["methods"]["majority"]["relations"]["WSC"]["accuracy"] == gold.count("False") / len(gold)
+
+
+def test_prompts_for_texts_are_not_asked_for_facts(superglue, tmp_path, capsys):
+    assert superglue("--tasks", "cb", "--methods", "manual") == 0
+    capsys.readouterr()
+    run = str(tmp_path / "run")
+    for command in (
+        ["evaluate", "--prompts", run],
+        ["evaluate", "--prompts", run, "--report"],
+        ["ask", "x", "--prompts", run],
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "not for facts" in error
+        assert "run megaprompt superglue with another --data" in error
+
+
+def test_patterns_are_compared_each_with_its_words(superglue, tmp_path, caplog):
+    assert superglue("--tasks", "rte,multirc,wsc", "--methods", "manual,best-manual", out="all") == 0
+    assert "pattern pet-0 is left out: RTE, idx 0: template" in caplog.text, "a causal model reads no field behind [Y]"
+    run = tmp_path / "all"
+    methods = json.loads((run / "results.json").read_text())["methods"]
+    assert list(methods) == ["majority", "manual", "best-manual", "mean of patterns"]
+    alone = {}  # pattern -> its row as the manual prompt of a run of its own
+    alone["pet-0"] = methods["manual"]["relations"]["MultiRC"]
+    for name in ("pet-1", "pet-2"):
+        mine = tmp_path / "mine.toml"
+        mine.write_text(f'[MultiRC]\nmanual = "{name}"\n')
+        assert superglue("--tasks", "multirc", "--methods", "manual", "--patterns", mine, out=name) == 0
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        alone[name] = results["methods"]["manual"]["relations"]["MultiRC"]
+    best, mean = (methods[column]["relations"]["MultiRC"] for column in ("best-manual", "mean of patterns"))
+    assert {each["name"]: each["test_f1a"] for each in best["tried"]} == {n: row["f1a"] for n, row in alone.items()}
+    assert best["chosen"] == max(alone, key=lambda name: alone[name]["dev"]["score"])
+    assert best["f1a"] == alone[best["chosen"]]["f1a"]
+    for metric in ("em", "f1a", "score"):
+        values = [row[metric] for row in alone.values()]
+        assert mean[metric] == pytest.approx(statistics.mean(values))
+        assert mean[f"{metric}_deviation"] == pytest.approx(statistics.stdev(values))
+    assert len(methods["best-manual"]["relations"]["RTE"]["tried"]) == 1
+    table = (run / "table.md").read_text()
+    assert "MP zero-shot, mean of patterns" in table
+    assert f"{100 * mean['f1a']:.1f} ± {100 * mean['f1a_deviation']:.1f}" in table
+    assert "standard deviation over patterns" in table
+    assert "seeds" not in table
+    mine.write_text('[RTE]\ncompared = ["table6-2", "table6-3"]\n')
+    options = ("--tasks", "rte", "--methods", "best-manual,p-tuning", "--patterns", mine)
+    assert superglue(*options, out="six") == 0
+    page = Page(tmp_path / "six" / "report.html")
+    [six] = [table for table in page.tables if table[0][0][0] == "pattern"]
+    assert [row[0][0].partition(":")[0] for row in six[1:]] == ["table6-2", "table6-3", "P-tuning, model frozen"]
+    mine.write_text('[CB]\ncompared = ["pet-1"]\n')
+    assert superglue("--tasks", "cb", "--methods", "best-manual", "--patterns", mine, out="none") == 2
+
+
+def test_pet_tunes_the_model_on_each_pattern(superglue, tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text('[MultiRC]\ncompared = ["pet-0", "pet-1"]\n')
+    options = ("--tasks", "multirc", "--methods", "pet,manual+fine-tuning", "--max-steps", "3")
+    options += ("--patterns", str(tmp_path / "mine.toml"))
+    assert superglue(*options, out="whole") == 0
+    methods = json.loads((tmp_path / "whole" / "results.json").read_text())["methods"]
+    assert set(methods) == {"majority", "pet", "pet-best", "manual+fine-tuning"}
+    best, mean, alone = (methods[name]["relations"]["MultiRC"] for name in ("pet-best", "pet", "manual+fine-tuning"))
+    tried = {each["name"]: each for each in best["tried"]}
+    assert list(tried) == ["pet-0", "pet-1"]
+    assert tried["pet-0"]["test_f1a"] == alone["f1a"], "the same as the manual prompt, from the original weights"
+    assert best["chosen"] == max(tried, key=lambda name: tried[name]["score"])
+    assert mean["em"] == pytest.approx(statistics.mean(each["test_em"] for each in tried.values()))
+    table = (tmp_path / "whole" / "table.md").read_text()
+    assert "PET, mean of patterns" in table
+
+    @contextmanager
+    def soon():
+        """As a signal that comes after the first pattern."""
+        yield lambda asked=[]: asked.append(0) or len(asked) > 5
+
+    with monkeypatch.context() as patched:
+        for module in ("training", "context"):
+            patched.setattr(f"megaprompt.run.{module}.stop_signals", soon)
+        assert superglue(*options) == 130
+    assert main(["superglue", "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["methods"] == methods
 
 
 @pytest.mark.slow

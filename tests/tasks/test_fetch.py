@@ -21,6 +21,11 @@ from megaprompt.tasks import fetch as fetching
 from megaprompt.tasks.download import download, extract
 from megaprompt.tasks.fetch import SOURCES, fetch
 from megaprompt.tasks.lama.facts import load_data, read_vocabulary
+from megaprompt.tasks.releases import RELEASES
+from megaprompt.tasks.superglue.kinds import KINDS
+from megaprompt.tasks.superglue.reading import read_superglue
+from tests.tasks.bear_data import write_bear
+from tests.tasks.superglue.made_up import write_superglue
 
 FACT = {"sub_label": "Denmark", "obj_label": "Copenhagen", "uuid": "1", "evidences": [{"masked_sentence": "long"}]}
 RELATION = {"relation": "P36", "template": "The capital of [X] is [Y] .", "label": "capital", "type": "1-1"}
@@ -171,6 +176,83 @@ def test_autoprompt_takes_templates_from_elsewhere(server, tmp_path, capsys):
     assert main(["data", "fetch", "autoprompt-trex", *arguments]) == 0
     assert load_data(str(tmp_path / "without")).relations["P36"].template is None
     assert "1 of the relations have no manual prompt" in capsys.readouterr().out
+
+
+def superglue_files(tmp_path: Path) -> dict[str, bytes]:
+    """Made-up files of the seven tasks by their paths."""
+    root = write_superglue(tmp_path / "made")
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*.jsonl"))}
+
+
+def test_superglue_is_an_archive_for_each_task(server, tmp_path, capsys):
+    files = superglue_files(tmp_path)
+    for task in KINDS:
+        of_task = {name: text for name, text in files.items() if name.startswith(f"{task}/")}
+        server.files[f"v2/{task}.zip"] = zipped(of_task | {f"{task}/test.jsonl": b"{}", "__MACOSX/x.jsonl": b"\0"})
+    out = tmp_path / "superglue"
+    assert main(["data", "fetch", "superglue", "--out", str(out), "--url", server.url("v2/")]) == 0
+    text = capsys.readouterr().out
+    assert "7 tasks, as --setting full reads them" in text
+    assert f"megaprompt superglue --setting full --data {out}" in text
+    assert {p.name for p in out.rglob("*.jsonl")} == {"train.jsonl", "val.jsonl"}, "test has no labels"
+    assert (out / "CB" / "val.jsonl").read_bytes() == files["CB/val.jsonl"]
+    assert len(read_superglue(out, "full")) == 7
+    source = json.loads((out / "source.json").read_text())
+    assert [each["url"] for each in source] == [server.url(f"v2/{task}.zip") for task in KINDS]
+    assert main(["data", "fetch", "superglue", "--out", str(out)]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_archives_that_are_there_are_not_fetched_again(server, tmp_path, capsys):
+    files = superglue_files(tmp_path)
+    for task in KINDS:
+        server.files[f"{task}.zip"] = zipped({name: text for name, text in files.items() if name.startswith(task)})
+    last = server.files.pop("WSC.zip")
+    arguments = ["data", "fetch", "superglue", "--out", str(tmp_path / "out"), "--url", server.url("")]
+    assert main(arguments) == 1
+    assert "WSC.zip: the server says 404" in capsys.readouterr().err
+    server.files["WSC.zip"], server.asked = last, []
+    assert main(arguments) == 0
+    assert server.asked == ["WSC.zip"]
+
+
+def test_fewglue_is_a_part_of_a_repository(server, tmp_path, capsys):
+    files = {f"P-tuning-f4225d4/FewGLUE_32dev/{name}": text for name, text in superglue_files(tmp_path).items()}
+    server.files["x.zip"] = zipped(files | {"P-tuning-f4225d4/LAMA/data.jsonl": b"{}"})
+    out = tmp_path / "fewglue"
+    assert main(["data", "fetch", "fewglue", "--out", str(out), "--url", server.url("x.zip")]) == 0
+    assert "megaprompt superglue --setting few-shot" in capsys.readouterr().out
+    assert len(read_superglue(out, "few-shot")["RTE"].examples["dev"]) == 6
+    del files["P-tuning-f4225d4/FewGLUE_32dev/WiC/dev32.jsonl"]
+    server.files["y.zip"] = zipped(files)
+    arguments = ["data", "fetch", "fewglue", "--out", str(tmp_path / "other"), "--url", server.url("y.zip")]
+    assert main(arguments) == 1
+    assert "WiC/dev32.jsonl is in no archive from there" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    files["P-tuning-f4225d4/FewGLUE_32dev/WiC/dev32.jsonl"] = b'{"idx": 0, "word": "cat"}\n'
+    server.files["y.zip"] = zipped(files)
+    assert main(arguments) == 1
+    assert 'WiC/dev32.jsonl:1: "sentence1" is missing' in capsys.readouterr().err
+
+
+def test_bear_is_two_directories_of_a_repository(server, tmp_path, capsys):
+    root = write_bear(tmp_path / "made")
+    files = {f"BEAR-725b4e3/{p.relative_to(root).as_posix()}": p.read_bytes() for p in root.rglob("*.json*")}
+    server.files["x.tar.gz"] = tarred(files | {"BEAR-725b4e3/README.md": b"", "BEAR-725b4e3/other/P1.jsonl": b"{}"})
+    out = tmp_path / "bear"
+    assert main(["data", "fetch", "bear", "--out", str(out), "--url", server.url("x.tar.gz")]) == 0
+    fetched, made = load_data(str(out)), load_data(str(root))
+    assert fetched.has_answer_spaces
+    assert {name: each.facts for name, each in fetched.relations.items()} == {
+        name: each.facts for name, each in made.relations.items()
+    }
+    assert f"{len(made.relations)} relations: " in capsys.readouterr().out
+
+
+def test_every_release_has_https_addresses():
+    for release in RELEASES.values():
+        assert all(url.startswith("https://") and url.endswith(".zip") for url in release.addresses())
+    assert RELEASES["superglue"].addresses()[0] == "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/BoolQ.zip"
 
 
 def test_every_source_has_an_https_address():

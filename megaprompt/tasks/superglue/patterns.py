@@ -2,6 +2,7 @@
 
 [RTE]
 manual = "mine"                    # which pattern is the manual prompt; `learned` likewise for learned prompts
+compared = ["mine", "pet-4"]       # which patterns best-manual chooses from; those of PET if it does not say
 
 [RTE.patterns]
 mine = "[premise...] So [hypothesis] [Y]"
@@ -24,7 +25,7 @@ from megaprompt.tasks.superglue.kinds import KINDS
 PACKAGED = Path(__file__).with_name("patterns.toml")
 SEPARATOR = "\n"
 """What parts two texts for a model that has no separator of its own."""
-_SETTINGS = ("manual", "learned", "max_tokens", "words", "patterns")
+_SETTINGS = ("manual", "learned", "compared", "max_tokens", "words", "patterns")
 _NO_WORDS = ("COPA", "WSC")
 """Whose answers are texts."""
 
@@ -58,11 +59,16 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Patterns:
-    """The patterns of one task, and which of them are used."""
+    """The patterns of one task, and which of them are used.
+
+    Args:
+        compared: manual prompts of which the mean and the best are reported.
+    """
 
     patterns: Mapping[str, Pattern]
     manual: Pattern
     learned: Pattern
+    compared: tuple[Pattern, ...]
     max_tokens: int
 
 
@@ -108,11 +114,26 @@ def _patterns(task: str, table: Mapping[str, Any], path: Path) -> Patterns:
                 f"--patterns {path}: [{task}] {use} = {table[use]!r} is no pattern; choose from {', '.join(patterns)}"
             )
         chosen[use] = patterns[table[use]]
+    compared = _compared(task, table.get("compared"), patterns, path)
     if chosen["manual"].template(False).num_pseudo_tokens:
         raise UsageError(f"--patterns {path}: [{task}] manual = {table['manual']!r} has learned tokens; choose another")
     if type(table["max_tokens"]) is not int or table["max_tokens"] < 1:
         raise UsageError(f"--patterns {path}: [{task}] max_tokens has to be a number above 0")
-    return Patterns(patterns, **chosen, max_tokens=table["max_tokens"])
+    return Patterns(patterns, **chosen, compared=compared, max_tokens=table["max_tokens"])
+
+
+def _compared(task: str, names: Any, patterns: Mapping[str, Pattern], path: Path) -> tuple[Pattern, ...]:
+    where = f"--patterns {path}: [{task}] compared"
+    if names is None:
+        names = [name for name in patterns if name.startswith("pet-")]
+    if not isinstance(names, list) or not names:
+        raise UsageError(f"{where}: give a list of patterns, some of {', '.join(patterns)}")
+    for name in names:
+        if name not in patterns:
+            raise UsageError(f"{where}: {name!r} is no pattern; choose from {', '.join(patterns)}")
+        if patterns[name].template(False).num_pseudo_tokens:
+            raise UsageError(f"{where}: {name!r} has learned tokens; take another")
+    return tuple(patterns[name] for name in dict.fromkeys(names))
 
 
 def _pattern(task: str, name: str, given: Any, words: Any, path: Path) -> Pattern:

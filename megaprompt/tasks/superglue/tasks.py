@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 
 from megaprompt.backbone import Backbone
@@ -10,30 +11,36 @@ from megaprompt.errors import UsageError
 from megaprompt.prompting.query import Query
 from megaprompt.prompting.template import Template
 from megaprompt.tasks.objective import Answers, Objective
+from megaprompt.tasks.superglue.confident import ConfidentFirst
 from megaprompt.tasks.superglue.kinds import KINDS
 from megaprompt.tasks.superglue.objectives import Classifier, Likeliest, OneOfSeveral, Verbalizer
 from megaprompt.tasks.superglue.patterns import SEPARATOR, Pattern, Patterns
 from megaprompt.tasks.superglue.reading import TaskData
 from megaprompt.tasks.superglue.submission import submission
 from megaprompt.tasks.superglue.written import Written
-from megaprompt.tasks.task import Example, Instance, Task
+from megaprompt.tasks.task import Example, Instance, Task, Way
+
+logger = logging.getLogger(__name__)
 
 _CHOICE = "choice"
 """The field in which a classifier reads a candidate."""
 
 
 def superglue_tasks(
-    data: Mapping[str, TaskData], patterns: Mapping[str, Patterns], backbone: Backbone
+    data: Mapping[str, TaskData], patterns: Mapping[str, Patterns], backbone: Backbone, compare: bool = False
 ) -> dict[str, Task]:
     """The tasks as their manual prompts ask them, with ways for learned prompts and for a classifier.
+
+    Args:
+        compare: also with each of the patterns to compare that the backbone can read.
 
     Raises:
         UsageError: a word that stands for a class is not one token.
     """
-    return {name: _task(each, patterns[name], backbone) for name, each in data.items()}
+    return {name: _task(each, patterns[name], backbone, compare) for name, each in data.items()}
 
 
-def _task(data: TaskData, patterns: Patterns, backbone: Backbone) -> Task:
+def _task(data: TaskData, patterns: Patterns, backbone: Backbone, compare: bool) -> Task:
     kind, causal = KINDS[data.name], backbone.causal
     token = backbone.tokenization.tokenizer.sep_token
     separator = SEPARATOR if causal or token is None else f" {token} "
@@ -64,7 +71,18 @@ def _task(data: TaskData, patterns: Patterns, backbone: Backbone) -> Task:
     task, manual = asked_with(patterns.manual)
     as_learned, learned = asked_with(patterns.learned)
     as_learned = dataclasses.replace(as_learned, learned=learned)
-    return dataclasses.replace(task, manual=manual, ways={"learned": as_learned, "alone": alone})
+    compared: dict[str, Task] = {}
+    for pattern in patterns.compared if compare else ():
+        try:
+            asked, text = asked_with(pattern)
+            asked = dataclasses.replace(asked, manual=text)
+            asked.instance(asked.examples["test"][0], asked.manual_template)
+        except UsageError as error:
+            logger.warning("pattern %s is left out: %s", pattern.name, error)
+        else:
+            compared[pattern.name] = asked
+    ways: dict[Way, Task] = {"learned": as_learned, "alone": alone}
+    return dataclasses.replace(task, manual=manual, ways=ways, patterns=compared)
 
 
 def _objective(data: TaskData, pattern: Pattern, backbone: Backbone) -> Objective:
@@ -80,7 +98,7 @@ def _objective(data: TaskData, pattern: Pattern, backbone: Backbone) -> Objectiv
                 )
         return Verbalizer(kind, words, [token for token in tokens if token is not None])
     if data.name == "COPA":
-        return Likeliest(kind)
+        return Likeliest(kind) if backbone.causal else ConfidentFirst(kind)
 
     def length(text: str) -> int:
         return len(tokenization.encode([f" {text}"], is_start=False)[0])

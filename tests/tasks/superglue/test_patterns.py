@@ -69,6 +69,9 @@ def test_patterns_of_the_users_own(tmp_path, packaged):
     assert found["RTE"].max_tokens == 99
     assert "pet-0" in found["RTE"].patterns
     assert found["CB"] == packaged["CB"]
+    assert [pattern.name for pattern in packaged["RTE"].compared] == [f"pet-{i}" for i in range(5)]
+    path.write_text('[RTE]\ncompared = ["table6-2", "pet-4"]\n')
+    assert [pattern.name for pattern in read_patterns(path)["RTE"].compared] == ["table6-2", "pet-4"]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +83,9 @@ def test_patterns_of_the_users_own(tmp_path, packaged):
         ("[RTE]\npatterns = 3", "[RTE] patterns has to be a table"),
         ("[RTE]\nmanual = 'pet-9'", "manual = 'pet-9' is no pattern; choose from p-tuning"),
         ("[RTE]\nmanual = 'p-tuning'", "manual = 'p-tuning' has learned tokens"),
+        ("[RTE]\ncompared = ['pet-0', 'pet-9']", "compared: 'pet-9' is no pattern; choose from p-tuning"),
+        ("[RTE]\ncompared = ['p-tuning']", "compared: 'p-tuning' has learned tokens"),
+        ("[RTE]\ncompared = 'pet-0'", "compared: give a list of patterns"),
         ("[RTE]\nmax_tokens = '9'", "max_tokens has to be a number above 0"),
         ("[RTE.patterns]\nmine = 3", "[RTE] mine: give a pattern, or {"),
         ("[RTE.patterns]\nmine = '[premise] [hypothesis]'", "[RTE] mine: template '[premise] [hypothesis]' has 0 [Y]"),
