@@ -14,7 +14,7 @@ probe: venv
 	$(BIN)/megaprompt probe --max-steps 50 --out $(OUT)
 
 test: test-fast tools fairseq lm-pub-quiz
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 test-fast: venv
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
