@@ -35,6 +35,8 @@ NOT_RUN = {
     "torchrun --nproc-per-node 2 -m megaprompt probe --deepspeed ds_configs/zero3.json --out runs/two-ranks": "is run "
     "by a test of its own, with a small model",
     "megaprompt data fetch fewglue": "likewise",
+    "megaprompt export --prompts runs/probe --out exported": "tests/run/test_export.py does it",
+    "megaprompt export --prompts runs/probe --to peft --out adapters": "likewise",
     "megaprompt superglue --data data/fewglue --setting few-shot --methods manual,in-context,p-tuning": "is run "
     "with a small model in tests/run/test_superglue.py",
     "megaprompt superglue --data path/to/FewGLUE --tasks rte,cb --methods fine-tuning,manual+fine-tuning,p-tuning "
@@ -112,6 +114,7 @@ ENOUGH = {
     ("evaluate",): ["--prompts", "x"], ("ask",): ["x", "--prompts", "x"], ("report",): ["x"], ("status",): ["x"],
     ("plan",): ["x"], ("convert",): ["x", "x"], ("data", "fetch"): ["lama"],
     ("data", "vocabulary"): ["--backbones", "x", "--out", "x"], ("superglue",): ["--data", "x"],
+    ("export",): ["--prompts", "x", "--out", "x"],
 }  # fmt: skip
 """The least that a command needs."""
 

@@ -52,7 +52,7 @@ def load_backbone(
     """
     if random_weights is not None and deepspeed is not None:
         raise UsageError("--control random-weights: random weights cannot be partitioned; leave --deepspeed out")
-    directory = _resolve(spec)
+    directory = files_of(spec)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if deepspeed is not None:
@@ -124,7 +124,7 @@ def read_config(spec: str) -> PreTrainedConfig:
         UsageError: there is no such backbone.
     """
     try:
-        return AutoConfig.from_pretrained(_resolve(spec))
+        return AutoConfig.from_pretrained(files_of(spec))
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(_cannot_be_loaded(f"--backbone {spec}:", error)) from error
 
@@ -135,7 +135,7 @@ def inspect_backbone(spec: str) -> tuple[int, str]:
     Raises:
         UsageError: there is no such backbone, or files are missing or cut off.
     """
-    directory = _resolve(spec)
+    directory = files_of(spec)
     config = read_config(spec)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -172,8 +172,12 @@ def _cannot_be_loaded(what: str, error: Exception) -> str:
     )
 
 
-def _resolve(spec: str) -> str:
-    """The directory or hub name to load; GGUF files are dequantized into the cache first."""
+def files_of(spec: str) -> str:
+    """The directory or hub name that transformers loads; GGUF files are dequantized into the cache first.
+
+    Raises:
+        UsageError: a file or package is missing.
+    """
     path = _locate(spec)
     return str(dequantized(Path(path))) if path.endswith(".gguf") else path
 

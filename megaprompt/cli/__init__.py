@@ -22,6 +22,7 @@ from megaprompt.config import (
     AskConfig,
     ConvertConfig,
     EvaluateConfig,
+    ExportConfig,
     MemoryConfig,
     PlanConfig,
     ProbeConfig,
@@ -212,6 +213,15 @@ def report(config: ReportConfig) -> None:
     table = join([read_run(run) for run in config.runs])
     show(terminal_table(table))
     print(write_joint_report(table, config.out or Path("runs/report")))
+
+
+@app.command
+def export(config: ExportConfig) -> None:
+    """Write prompts for transformers alone, or as adapters of PEFT."""
+    from megaprompt.run.export import export
+
+    for relation, folder in export(config).items():
+        print(f"{relation}  {folder}")
 
 
 @app.command

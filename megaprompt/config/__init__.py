@@ -8,7 +8,7 @@ from megaprompt.config.machines import MemoryConfig, PlanConfig
 from megaprompt.config.options import PASS_TOKENS, ROW_TOKENS, from_yaml, read_yaml, to_yaml
 from megaprompt.config.probe import ProbeConfig
 from megaprompt.config.run import RunConfig
-from megaprompt.config.runs import AskConfig, EvaluateConfig, ReportConfig, StatusConfig
+from megaprompt.config.runs import AskConfig, EvaluateConfig, ExportConfig, ReportConfig, StatusConfig
 from megaprompt.config.shipped import find_configuration, shipped_configurations
 from megaprompt.config.superglue import SUPERGLUE_TASKS, SuperGlueConfig
 
@@ -20,6 +20,7 @@ __all__ = [
     "ConvertConfig",
     "CountConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "FetchConfig",
     "MemoryConfig",
     "PlanConfig",

@@ -86,6 +86,27 @@ class AskConfig:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write prompts so that others can use them without megaprompt."""
+
+    prompts: Path
+    """A run, or a directory of *.safetensors prompts."""
+    to: Literal["transformers", "peft"] = "transformers"
+    """transformers: a directory with the vectors, and a script that asks with transformers alone; for every template.
+    peft: an adapter for PeftModel.from_pretrained; where all pseudo tokens stand before the subject."""
+    out: Path
+    """Directory to write into, with one directory for each relation."""
+    method: str | None = None
+    """Whose prompts of the run: best, p-tuning, in-context, best-manual, manual. If not given: the first of these that
+    the run has."""
+    relations: OptionalNames = ()
+    """Wikidata ids; all for which there are prompts if not given."""
+    backbone: str | None = None
+    """The model that the prompts were learned on; its name is in the prompts if not given."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Make the report of a run again, finished or not, or join several runs on the same data into one table."""
 

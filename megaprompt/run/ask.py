@@ -34,7 +34,7 @@ from megaprompt.tasks.task import Instance, Split, Task
 logger = logging.getLogger(__name__)
 
 
-def _backbone_for(prompts: Sequence[SavedPrompt], name: str | None, dtype: str | None) -> Backbone:
+def backbone_for(prompts: Sequence[SavedPrompt], name: str | None, dtype: str | None) -> Backbone:
     """The backbone that all of the prompts were learned on.
 
     Raises:
@@ -91,10 +91,10 @@ def _evaluate(config: EvaluateConfig, methods: Sequence[str]) -> dict[str, Any]:
         if name not in names:
             raise UsageError(f"--relations {name}: no prompt in {config.prompts}, which has {', '.join(names)}")
     every = [prompt for of_method in prompts.values() for prompt in of_method.values()]
-    _must_be_of_facts(every)
+    must_be_of_facts(every)
     data = load_data(config.data or every[0].data)
     names = list(config.relations) or _in_both(names, data)
-    backbone = _backbone_for(every, config.backbone, config.dtype)
+    backbone = backbone_for(every, config.backbone, config.dtype)
     ask_for = AskFor()
     if not data.has_answer_spaces:
         ask_for = AskFor(load_vocabulary(*_vocabulary_of(config, data), backbone.tokenization))
@@ -122,7 +122,7 @@ def _evaluate(config: EvaluateConfig, methods: Sequence[str]) -> dict[str, Any]:
     return {"split": config.split, "data": data.name, "vocabulary": among, "methods": scores}
 
 
-def _must_be_of_facts(prompts: Iterable[SavedPrompt]) -> None:
+def must_be_of_facts(prompts: Iterable[SavedPrompt]) -> None:
     """See that prompts ask for facts.
 
     Raises:
@@ -184,8 +184,8 @@ def ask(config: AskConfig) -> list[tuple[str, float]]:
     if name not in prompts:
         raise UsageError(f"--relation {name}: no prompt in {config.prompts}, which has {', '.join(prompts)}")
     prompt = prompts[name]
-    _must_be_of_facts([prompt])
-    backbone = _backbone_for([prompt], config.backbone, config.dtype)
+    must_be_of_facts([prompt])
+    backbone = backbone_for([prompt], config.backbone, config.dtype)
     kind = config.answers or _answers_of(config.prompts, prompt)
     return {"token": _tokens, "candidates": _candidates, "text": _continuations}[kind](config, prompt, backbone)
 
@@ -204,7 +204,7 @@ def _answers_of(directory: Path, prompt: SavedPrompt) -> str:
 
 def _tokens(config: AskConfig, prompt: SavedPrompt, backbone: Backbone) -> list[tuple[str, float]]:
     """The best allowed tokens."""
-    objective = OneToken(_allowed(config.vocab, prompt, backbone), backbone.tokenization.text_of, config.top)
+    objective = OneToken(allowed_answers(config.vocab, prompt, backbone), backbone.tokenization.text_of, config.top)
     instance = Instance((_query(config, prompt, backbone),), 0)
     found = _asked(instance, objective, prompt, backbone)
     best = [backbone.tokenization.text_of(token) for token in found["top_tokens"][0].tolist()]
@@ -257,7 +257,7 @@ def _asked(instance: Instance, objective: Objective, prompt: SavedPrompt, backbo
     return found
 
 
-def _allowed(option: str, prompt: SavedPrompt, backbone: Backbone) -> Tensor:
+def allowed_answers(option: str, prompt: SavedPrompt, backbone: Backbone) -> Tensor:
     """Bool [vocabulary]: the answers that a prompt was learned or chosen among, where its data is still there."""
     try:
         data = load_data(prompt.data)
