@@ -6,6 +6,7 @@ new directory for the run.
 """
 
 import inspect
+import json
 import re
 import shlex
 import shutil
@@ -251,7 +252,7 @@ def test_commands_run(fence, place, monkeypatch, capsys):
 
 
 def test_a_run_has_the_files_that_are_told(place):
-    [listing] = [fence for fence in FENCES if fence.heading == "Files of a run"]
+    listing = next(fence for fence in FENCES if fence.heading == "Files of a run")
     names = {name for line in listing.text.splitlines() for name in re.split(r", (?=[a-z*.])", line.split("  ")[0])}
     assert "state/step-00000150/" in names
     for name in names - {"autoprompt.jsonl", ".tex", ".csv"}:  # of another method; short for table.tex and table.csv
@@ -262,7 +263,7 @@ def test_a_run_has_the_files_that_are_told(place):
 def test_python_runs(place, monkeypatch, capsys, tokenizer):
     """On a small model and data."""
     monkeypatch.chdir(place)
-    callback, code = [
+    callback, code, audit = [
         fence.text for fence in FENCES if fence.language == "python" and fence.document.name == "README.md"
     ]
     names = {}
@@ -271,6 +272,12 @@ def test_python_runs(place, monkeypatch, capsys, tokenizer):
     names |= {"tokenizer": tokenizer, "trainer": trainer_for(tokenizer, place / "trained", steps=1)}
     exec(callback.replace("ProbeConfig(", "ProbeConfig(data='path/to/lama', "), names)
     assert main(["report", "runs/training"]) == 0
+    exec(audit.replace("runs/probe", "runs/two"), names)
+    methods = json.loads(Path("runs/two/results.json").read_text())["methods"]
+    for method in names["p_at_1"]:
+        for relation, score in names["p_at_1"][method].items():
+            assert score == pytest.approx(100 * methods[method]["relations"][relation]["p_at_1"])
+        assert names["p_at_1"][method].mean() == pytest.approx(100 * methods[method]["macro"]["p_at_1"])
 
 
 def test_python_of_the_architecture_is_that_of_the_tests():

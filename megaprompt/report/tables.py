@@ -5,6 +5,7 @@ rich.print(summary_table(read_run(Path("runs/first")).results))
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from rich.text import Text
 from megaprompt.report.runs import Scoring, as_schema_2, backbone_name, divergence, known, percent, plural, points
 from megaprompt.report.wordings import notes_of_answers
 
-WRITTEN = ("majority", "manual", "mean of patterns", "best-manual", "in-context", "lpaqa", "e-bert")
+WRITTEN = ("majority", "manual", "mean of wordings", "mean of patterns", "best-manual", "in-context", "lpaqa", "e-bert")
 SEARCHED = (
     "autoprompt", "fine-tuning", "manual+fine-tuning", "pet", "pet-best", "p-tuning+fine-tuning", "p-tuning", "best"
 )  # fmt: skip
@@ -33,6 +34,8 @@ def methods_in_order(methods: Iterable[str]) -> list[str]:
     def place(method: str) -> tuple[int, str]:
         if method in SEARCHED:
             return len(WRITTEN) + 1 + SEARCHED.index(method), method
+        if re.fullmatch(r"wording \d+", method):  # of the data, beside the first one
+            return WRITTEN.index("manual"), method
         name = method.removesuffix(" best").removesuffix(" ensemble")  # of a file with several prompts for a relation
         return (WRITTEN.index(name) if name in WRITTEN else len(WRITTEN)), method
 
@@ -202,9 +205,10 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     title = f"{scoring.heading} on test, %: {backbone_name(results['backbone'])}, {data_and_vocabulary(results)}"
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in (scoring.words.group, "label", "type"):
-        table.add_column(column, overflow="fold", no_wrap=column != "label")
+        label = column == "label"
+        table.add_column(column, overflow="fold", no_wrap=not label, min_width=12 if label else None)
     for column in (f"test\n{scoring.items}", *methods, *(["gain"] if gain else [])):
-        table.add_column(Text(column), justify="right", no_wrap=True)
+        table.add_column(Text(column.replace(" ", "\n")), justify="right", no_wrap=True)
     relations, averages, _ = rows_of(results)
     for i, row in enumerate((*relations, *averages)):
         if i == len(relations):

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import psutil
@@ -137,7 +138,7 @@ class _Checks:
         training |= dict.fromkeys(("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning", "pet"), "fine-tuning")
         lines = []
         for method in sorted({training[name] for name in self.config.columns if name in training}):
-            found = _plan_here(self.config, method, self.templates)
+            found = _plan_here(self.config, method, self.templates, self.config.deepspeed)
             needs = [f"{found.total(place) / 1e9:.1f} GB of {what}" for place, what in _PLACES if found.total(place)]
             lines.append(f"{method}: a rank of {found.ranks} needs {' and '.join(needs)} memory{arrangement(found)}")
             if not found.fits and not _is_login_node():
@@ -145,6 +146,9 @@ class _Checks:
                     f"{lines[-1]}; {found.reasons[0]}; `megaprompt plan` tells which configuration, nodes and GPUs "
                     f"suffice"
                 )
+            sharded = found.fits and method == "p-tuning" and self.config.deepspeed is not None
+            if sharded and _plan_here(self.config, method, self.templates, None).fits:
+                lines[-1] += "; whole copies of the backbone fit as well and are faster: leave --deepspeed out"
         if not lines:
             return "nothing is trained"
         return "; ".join(lines) + (" (judged in the job, where the machines are known)" if _is_login_node() else "")
@@ -159,11 +163,12 @@ def _candidates(config: RunConfig) -> int:
     return (getattr(config, "candidates", None) or 1) if "best" in config.methods else 1
 
 
-def _plan_here(config: RunConfig, method: Method, templates: Sequence[Template]) -> Plan:
+def _plan_here(config: RunConfig, method: Method, templates: Sequence[Template], deepspeed: Path | None) -> Plan:
     """The plan of a run on the machines of this job, or on this machine.
 
     Args:
         templates: of the learned prompts, one for each task; the plan is made for the most pseudo tokens.
+        deepspeed: the configuration; None for whole copies of the backbone.
     """
     most = max((template.num_pseudo_tokens for template in templates), default=0)
     ranks = int(os.environ.get("SLURM_NTASKS") or os.environ.get("WORLD_SIZE") or 1)
@@ -181,7 +186,7 @@ def _plan_here(config: RunConfig, method: Method, templates: Sequence[Template])
         PlanConfig(
             config.backbone,
             method=method,
-            deepspeed=config.deepspeed,
+            deepspeed=deepspeed,
             dtype=config.dtype or cast(Dtype, str(dtype_of(None, device)).removeprefix("torch.")),
             relations=max(1, len(templates)) * _candidates(config),
             relation_groups=config.relation_groups,
@@ -191,5 +196,5 @@ def _plan_here(config: RunConfig, method: Method, templates: Sequence[Template])
             pass_tokens=config.pass_tokens or PASS_TOKENS,
             **machines,
         ),
-        config.deepspeed,
+        deepspeed,
     )

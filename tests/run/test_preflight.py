@@ -39,6 +39,12 @@ def test_a_run_that_can_start(check, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_it_is_said_where_sharding_is_not_needed(check):
+    assert "whole copies of the backbone fit as well and are faster" in check("--deepspeed", "zero3")[1]
+    assert "whole copies" not in check()[1]
+    assert "whole copies" not in check("--deepspeed", "zero3", "--methods", "fine-tuning")[1]
+
+
 def test_candidates_of_best_are_counted(check):
     found = [check("--methods", "best", "--candidates", n)[1] for n in (1, 1000)]
     needs = [float(re.search(r"p-tuning: a rank of 1 needs ([0-9.]+) GB", printed)[1]) for printed in found]
