@@ -16,7 +16,7 @@ setup(
     package_data={
         "megaprompt": ["py.typed"],
         "megaprompt.ds_configs": ["*.json", "README.md"],
-        "megaprompt.report": ["*.jinja"],
+        "megaprompt.report": ["*.jinja", "*.js"],
         "megaprompt.tasks.superglue": ["*.toml"],
     },
     python_requires=">=3.11",

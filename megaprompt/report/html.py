@@ -7,8 +7,9 @@ write_joint_report(join([read_run(a), read_run(b)]), out)  # of several, as in t
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ from megaprompt.report.table2 import AVERAGES, Table2, join
 from megaprompt.report.table2_formats import HEADINGS, as_csv, latex, legend, lines_of, markdown, relation_text
 from megaprompt.report.tables import data_and_vocabulary, has_gain, lead_of, methods_in_order, notes_of, rows_of
 from megaprompt.report.wordings import notes_of_answers, write_entry
+
+_SCRIPT = (Path(__file__).parent / "sortable.js").read_text(encoding="utf-8")
+_MOST_CHARTS = 8  # of one kind; where there would be more, a table says it better
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -103,16 +107,22 @@ def _run_figures(run: Run) -> dict[str, Figure]:
     results, figures = run.results, {}
     about = results["data"]["relations"]
     if methods := methods_in_order(results["methods"]):
-        for number, part in enumerate(page_parts(list(about), scores_per_page(methods)), 1):
+        for number, part in enumerate(_drawn(list(about), scores_per_page(methods)), 1):
             data = {**results["data"], "relations": {name: about[name] for name in part}}
             figures[_numbered("scores", number)] = scores_chart({**results, "data": data})
     _, log = _curves(run)
     logged = {line["relation"] for line in log}
     names = [name for name in dict.fromkeys([*about, *logged]) if name in logged]
-    for number, part in enumerate(page_parts(names, LEARNING_PER_PAGE), 1) if names else ():
+    for number, part in enumerate(_drawn(names, LEARNING_PER_PAGE) if names else (), 1):
         lines = [line for line in log if line["relation"] in part]
         figures[_numbered("learning_curves", number)] = learning_chart(results, lines)
     return figures
+
+
+def _drawn(names: Sequence[str], fit: int) -> list[list[str]]:
+    """The relations of each chart; none if there would be too many charts."""
+    parts = page_parts(names, fit)
+    return parts if len(parts) <= _MOST_CHARTS else []
 
 
 def _curves(run: Run) -> tuple[str, list[dict[str, Any]]]:
@@ -213,6 +223,8 @@ def write_page(template: str, figures: Mapping[str, Figure], out: Path, **values
         **values,
         charts={name: base64.b64encode(image).decode() for name, image in images.items()},
         widths={name: round(100 * figure.get_figwidth()) for name, figure in figures.items()},
+        script=_SCRIPT,
+        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()}",
     )
     write_file(out / "report.html", page.encode())
     return out / "report.html"
