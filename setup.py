@@ -50,5 +50,5 @@ setup(
         "mpi": ["mpi4py>=4"],
         "dev": ["mpi4py>=4", "mpich>=4", "mypy>=1.10", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "types-PyYAML"],
     },
-    entry_points={"console_scripts": ["megaprompt=megaprompt.cli:main"]},
+    entry_points={"console_scripts": ["megaprompt=megaprompt.__main__:run"]},
 )

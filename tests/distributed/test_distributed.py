@@ -224,7 +224,7 @@ sys.stdout.write(f"grown {grown / size:.3f}\\n")  # in one piece, since four pro
 
 def run_script(text: str, tmp_path: Path, ranks: int, *args: object) -> str:
     script = tmp_path / "script.py"
-    script.write_text(text)
+    script.write_text(text + "\nimport os\nsys.stdout.flush()\nos._exit(0)\n")  # as megaprompt's processes end
     finished = subprocess.run(
         [*map(str, (*torchrun(ranks), script, *args))],
         capture_output=True, text=True, timeout=300, check=False, cwd=ROOT,

@@ -153,7 +153,11 @@ def run(make_backbone, make_task, methods, out) -> tuple[dict, RunContext]:
 
 @pytest.mark.parametrize(
     ("make_task", "methods"),
-    [(by_words, EVERYTHING), (by_likelihood, EVERYTHING), (by_head, ("p-tuning", "fine-tuning", "manual+fine-tuning"))],
+    [
+        (by_words, EVERYTHING),
+        pytest.param(by_likelihood, EVERYTHING, marks=pytest.mark.slow),
+        (by_head, ("p-tuning", "fine-tuning", "manual+fine-tuning")),
+    ],
 )
 def test_another_kind_of_question(make_backbone, make_task, methods, tmp_path):
     results, context = run(make_backbone, make_task, methods, tmp_path / "run")

@@ -46,7 +46,7 @@ def test_waves_change_nothing(options, tmp_path, request):
 
 
 @pytest.mark.usefixtures("little_memory")
-@pytest.mark.parametrize(("wave", "step"), [(1, 6), (2, 3)])
+@pytest.mark.parametrize(("wave", "step"), [pytest.param(1, 6, marks=pytest.mark.slow), (2, 3)])
 def test_an_interrupted_wave_goes_on_exactly(options, tmp_path, monkeypatch, wave, step):
     whole = probe(options(tmp_path / "whole"))
     train, seen = trainer_module.Trainer.train, []
