@@ -103,8 +103,10 @@ def _for_transformers(folder: Path, prompt: SavedPrompt, pieces: Sequence[Piece]
 
 
 def _for_peft(folder: Path, prompt: SavedPrompt, pieces: Sequence[Piece], backbone: Backbone) -> None:
-    from peft import PromptTuningConfig
-
+    try:
+        from peft import PromptTuningConfig
+    except ImportError as error:
+        raise UsageError(f"--to peft: {error}; pip install peft") from error
     if not backbone.causal:
         raise UsageError("--to peft: is for causal models; use --to transformers")
     front, behind = _front(prompt, pieces)
