@@ -210,11 +210,20 @@ def _score(context: Context, method: str, task: Task, tried: _Tried) -> Scored:
 
 
 def _best(context: Context, task: Task, learned: Sequence[_Tried], paper: Scored) -> Scored:
-    """The best on dev of everything that was tried; among equals, what needs no training."""
+    """The best on dev of everything that was tried.
+
+    Among those with the same score, what needs no training: learned prompts were chosen on dev once before, at the step
+    where they were best there, and tend to be worse on test.
+    """
     untrained = {name: rows[task.name] for name in UNTRAINED if (rows := context.rows(name))}
     tried = {name: _on_folds(context, task, row) for name, row in untrained.items()}
     tried |= {each.candidate.name: (dict(each.scores), each.examples) for each in learned if each.what.kept is not None}
-    chosen = max(tried, key=lambda name: task.objective.evidence(*tried[name]))
+
+    def worth(name: str) -> list[float]:
+        score, *others = task.objective.evidence(*tried[name])
+        return [score, name in untrained, *others]
+
+    chosen = max(tried, key=worth)
     if chosen in untrained:
         row = untrained[chosen]
         template = task.template(row["template"])
