@@ -158,6 +158,7 @@ def test_rows_are_blocks_and_equal_queries_are_computed_once():
 # -------------------------------------------------------------------------------------------------------------- the job
 
 
+@pytest.mark.slow
 def test_the_whole_job(directory, data_directory, tmp_path):
     methods = ("manual", "p-tuning", "fine-tuning", "manual+fine-tuning")
     config = ProbeConfig(

@@ -154,7 +154,7 @@ def run(make_backbone, make_task, methods, out) -> tuple[dict, RunContext]:
 @pytest.mark.parametrize(
     ("make_task", "methods"),
     [
-        (by_words, EVERYTHING),
+        pytest.param(by_words, EVERYTHING, marks=pytest.mark.slow),
         pytest.param(by_likelihood, EVERYTHING, marks=pytest.mark.slow),
         (by_head, ("p-tuning", "fine-tuning", "manual+fine-tuning")),
     ],

@@ -104,7 +104,8 @@ def test_one_token_on_request(run):
     assert results["data"]["vocabulary"]["name"] == "objects of the data"
 
 
-@pytest.mark.parametrize("learn_by", ["candidates", pytest.param("answer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("learn_by", ["candidates", "answer"])
 def test_all_that_is_trained_and_resumed(run, learn_by):
     methods = ("manual", "p-tuning", "autoprompt", "fine-tuning", "manual+fine-tuning")
     few = {"max_epochs": 4, "learning_rate": 0.01, "fine_tuning_rate": 0.003, "autoprompt_steps": 2}

@@ -203,6 +203,7 @@ def test_41_relations_and_6_methods_make_a_page(tmp_path):
     assert all(len(row) == 11 for row in page.tables[0])
 
 
+@pytest.mark.slow
 def test_charts_of_many_relations_come_in_parts_that_fit_a_page(tmp_path):
     names = [f"P{i}" for i in range(33)]
     methods = ("majority", "manual", "mined", "other", "autoprompt", "fine-tuning", "manual+fine-tuning", "p-tuning")

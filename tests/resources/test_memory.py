@@ -166,6 +166,7 @@ def test_verdict_and_reasons():
     assert not plan(replace(SMALL, host_memory=2), None).fits
 
 
+@pytest.mark.slow
 def test_the_cheapest_configuration_that_fits_comes_first(monkeypatch):
     monkeypatch.chdir(ROOT)
     eleven = PlanConfig("megatron-11b", pass_tokens=256)

@@ -59,6 +59,7 @@ def assert_as_asked(found, run):
             assert float(probability) == pytest.approx(true, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_transformers_alone_gives_the_same_answers(learn, tmp_path):
     run = learn()
     assert main(["export", "--prompts", str(run), "--out", str(tmp_path / "out")]) == 0

@@ -160,7 +160,7 @@ def test_the_model_is_tuned_with_the_prompts(superglue, tmp_path):
     [
         ("CB,COPA,WSC", ["manual,p-tuning", "--batch-size", "2"]),
         ("CB,COPA,WSC", ["manual+fine-tuning", "--batch-size", "2"]),
-        ("COPA", [*TUNED, "--search"]),
+        pytest.param("COPA", [*TUNED, "--search"], marks=pytest.mark.slow),
     ],
     ids=["frozen", "tuned", "searched"],
 )
@@ -301,6 +301,7 @@ def test_patterns_are_compared_each_with_its_words(superglue, tmp_path, caplog):
     assert superglue("--tasks", "cb", "--methods", "best-manual", "--patterns", mine, out="none") == 2
 
 
+@pytest.mark.slow
 def test_pet_tunes_the_model_on_each_pattern(superglue, tmp_path, monkeypatch):
     (tmp_path / "mine.toml").write_text('[MultiRC]\ncompared = ["pet-0", "pet-1"]\n')
     options = ("--tasks", "multirc", "--methods", "pet,manual+fine-tuning", "--max-steps", "3")

@@ -137,7 +137,7 @@ def test_packed_scores_equal_sentences_one_at_a_time(make_backbone, bear, kind, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", SIZES[1:3])
+@pytest.mark.parametrize("size", [SIZES[1], pytest.param(SIZES[2], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_packed_pseudo_likelihoods_equal_sentences_one_at_a_time(bear, kind, size):
     backbone = masked_backbone(kind)
