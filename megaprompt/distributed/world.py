@@ -86,11 +86,11 @@ class World:
         return min(limits) // (ranks_on_this_machine() if self.size > 1 else 1)
 
     def free_memory(self) -> int:
-        """Bytes that are free for each process. All must call it."""
+        """Bytes that are free for the process that has the least. All must call it."""
         if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[0]
+            return min(self.gather(torch.cuda.mem_get_info(self.device)[0]))
         available = psutil.virtual_memory().available // (ranks_on_this_machine() if self.size > 1 else 1)
-        return min(available, self.memory())
+        return min(self.gather(min(available, self.memory())))
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -93,7 +93,7 @@ class FineTuning:
 
         found = {name: learn(name, tuning) for name, tuning in recipes.items()}
         learned = {name: each for name, each in found.items() if each["answers"] is not None} or found
-        evidence = {name: _evidence(task, each["dev"]) for name, each in learned.items()}
+        evidence = {name: evidence_of(task, each["dev"]) for name, each in learned.items()}
         chosen = max(evidence, key=lambda name: evidence[name])  # the first among equals
         best = found[chosen]
         row = context.row(task, template, best["dev"], epochs=best["epochs"], diverged=best["diverged"])
@@ -102,7 +102,8 @@ class FineTuning:
         return Scored(row, best["answers"], task)
 
 
-def _evidence(task: Task, dev: Mapping[str, float]) -> list[float]:
+def evidence_of(task: Task, dev: Mapping[str, float]) -> list[float]:
+    """By what scores on dev are compared; where there are none, it is the least."""
     return task.objective.evidence(dev, len(task.examples["dev"])) if dev else []
 
 

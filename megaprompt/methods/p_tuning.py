@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from megaprompt.engine.halving import pooled
 from megaprompt.engine.learner import Learned, TrainingSet
 from megaprompt.engine.schedule import assign, groups_for, waves_for
@@ -109,10 +107,8 @@ class PTuning:
         bytes for each parameter: at 11B, an LSTM encoder takes 2.1 GB.)"""
         pseudo_tokens = max(one.template.num_pseudo_tokens for one in those)
         parameters = number_of_parameters(pseudo_tokens, context.backbone.hidden_size, self.encoder)
-        room = context.world.free_memory() // 2
-        fitting = int(context.world.max_(torch.tensor(-room), "schedule"))
-        groups = self.groups or context.world.size
-        return groups * max(1, -fitting // (16 * max(1, parameters)))
+        fitting = context.world.free_memory() // 2 // (16 * max(1, parameters))
+        return (self.groups or context.world.size) * max(1, fitting)
 
     def run(self, context: Context) -> None:
         of_task = self._candidates(context)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megaprompt.errors import UsageError
-from megaprompt.methods.fine_tuning import FineTuning
+from megaprompt.methods.fine_tuning import FineTuning, evidence_of
 from megaprompt.methods.method import Context, Scored, ShouldStop
 from megaprompt.tasks.task import Task
 
@@ -92,10 +92,7 @@ def chosen(context: Context, task: Task, found: Mapping[str, Scored]) -> Scored:
     """
     examples = len(task.examples["dev"])
     usable = {name: one for name, one in found.items() if one.answers is not None and one.row["dev"]} or dict(found)
-    evidence = {
-        name: task.objective.evidence(one.row["dev"], examples) if one.row["dev"] else []
-        for name, one in usable.items()
-    }
+    evidence = {name: evidence_of(task, one.row["dev"] or {}) for name, one in usable.items()}
     best = max(evidence, key=lambda name: evidence[name])
     tried = []
     for name, one in found.items():

@@ -155,6 +155,20 @@ def test_the_model_is_tuned_with_the_prompts(superglue, tmp_path):
         assert text in page
 
 
+@contextmanager
+def stopped_soon(monkeypatch):
+    """As by a signal that comes after a few steps; what is done by then is kept."""
+
+    @contextmanager
+    def soon():
+        yield lambda asked=[]: asked.append(0) or len(asked) > 5
+
+    with monkeypatch.context() as patched:
+        for module in ("training", "context"):
+            patched.setattr(f"megaprompt.run.{module}.stop_signals", soon)
+        yield
+
+
 @pytest.mark.parametrize(
     ("tasks", "methods"),
     [
@@ -168,14 +182,7 @@ def test_an_interrupted_run_goes_on_exactly(superglue, tmp_path, monkeypatch, ta
     chosen = ("--tasks", tasks, "--methods", *methods)
     assert superglue(*chosen, out="whole") == 0
 
-    @contextmanager
-    def soon():
-        """As a signal that comes after a few steps; what is done by then is kept."""
-        yield lambda asked=[]: asked.append(0) or len(asked) > 5
-
-    with monkeypatch.context() as patched:
-        for module in ("training", "context"):
-            patched.setattr(f"megaprompt.run.{module}.stop_signals", soon)
+    with stopped_soon(monkeypatch):
         assert superglue(*chosen) == 130
     if "--search" in methods:
         assert len(list((tmp_path / "run" / "state" / "parts").rglob("*.pt"))) == 2
@@ -318,14 +325,7 @@ def test_pet_tunes_the_model_on_each_pattern(superglue, tmp_path, monkeypatch):
     table = (tmp_path / "whole" / "table.md").read_text()
     assert "PET, mean of patterns" in table
 
-    @contextmanager
-    def soon():
-        """As a signal that comes after the first pattern."""
-        yield lambda asked=[]: asked.append(0) or len(asked) > 5
-
-    with monkeypatch.context() as patched:
-        for module in ("training", "context"):
-            patched.setattr(f"megaprompt.run.{module}.stop_signals", soon)
+    with stopped_soon(monkeypatch):  # after the first pattern
         assert superglue(*options) == 130
     assert main(["superglue", "--resume", "--out", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["methods"] == methods
