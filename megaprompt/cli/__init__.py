@@ -153,22 +153,24 @@ def evaluate(config: EvaluateConfig) -> None:
 
     from megaprompt.files import write_file
     from megaprompt.report.html import write_report
+    from megaprompt.report.runs import beside
     from megaprompt.run.ask import evaluate, evaluate_all
 
     scores = evaluate_all(config) if config.report else evaluate(config)
     if config.out is not None:
         write_file(config.out, json.dumps(scores, indent=1, ensure_ascii=False).encode() + b"\n")
     table = Table(title=f"{scores['data']}, {scores['split']}, among {scores['vocabulary']}")
-    names = ("method", "relations") if config.report else ("relation", "label", "facts")
+    labels = any(beside(name, row["label"]) for name, row in scores.get("relations", {}).items())
+    names = ("method", "relations") if config.report else ("relation", *["label"] * labels, "facts")
     for column in (*names, "P@1", "P@10", "MRR"):
         table.add_column(column, justify="left" if column in ("method", "relation", "label") else "right")
     for method, found in scores.get("methods", {}).items():
         table.add_row(method, str(found["macro"]["relations"]), *_percents(found["macro"]))
     for name, row in scores.get("relations", {}).items():
-        table.add_row(name, row["label"], str(row["facts"]), *_percents(row))
+        table.add_row(name, *[beside(name, row["label"])] * labels, str(row["facts"]), *_percents(row))
     table.add_section()
     for name in () if config.report else ("macro", "micro"):
-        table.add_row(name, "", "", *_percents(scores[name]))
+        table.add_row(name, *[""] * labels, "", *_percents(scores[name]))
     show(table)
     if config.report:
         print(write_report(config.prompts))

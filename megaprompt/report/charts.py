@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
 
-from megaprompt.report.runs import Scoring, plural
+from megaprompt.report.runs import Scoring, beside, plural
 from megaprompt.report.table2 import BackboneRow, Table2
 from megaprompt.report.tables import methods_in_order, rows_of
 
@@ -153,7 +153,7 @@ def learning_chart(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]])
 
 def _named(relation: str, label: str) -> str:
     """`P36 capital`."""
-    return relation if label in ("", relation) else f"{relation} {label}"
+    return f"{relation} {beside(relation, label)}".strip()
 
 
 def _plain(legend: Legend) -> None:

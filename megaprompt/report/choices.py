@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from megaprompt.report.runs import Scoring, known, plural
+from megaprompt.report.runs import Scoring, beside, known, plural
 from megaprompt.report.tables import few_facts, methods_in_order
 
 
@@ -75,7 +75,7 @@ def choices_of(results: Mapping[str, Any]) -> list[Choice]:
                     chosen[method] = each.what
         if tried:
             by = _by(results, dev, scoring)
-            choices.append(Choice(name, about["label"], chosen, dev, by, name in few, tried))
+            choices.append(Choice(name, beside(name, about["label"]), chosen, dev, by, name in few, tried))
     return choices
 
 

@@ -1,47 +1,25 @@
 """Two methods on the same test items: where one is right and the other is not, and how sure their difference is.
 
-A method is right about a fact if it ranks the object first. All is made from the predictions that the runs wrote.
+All is made from the predictions that the runs wrote.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from megaprompt.errors import MegapromptError
-from megaprompt.report.runs import Run
+from megaprompt.report.predictions import Answer, Answers
 from megaprompt.report.table2 import BackboneRow
 from megaprompt.report.tables import lead_of, methods_in_order
 
-Item = tuple[str, str, str, int]  # relation, input, gold, and which of several items with the same words
-
 _LETTERS = 240  # of an input that are shown
-
-
-class Answer(NamedTuple):
-    """What a model says about an item."""
-
-    text: str
-    probability: float  # NaN if it was not written
-    right: bool
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What the methods of one backbone answered on test. Only items that were asked with every seed count."""
-
-    items: list[Item]
-    right: dict[str, np.ndarray]  # method -> [items] share of the seeds that are right; NaN if not asked
-    first: dict[str, list[Answer | None]]  # method -> [items] of the first seed; None if not asked
 
 
 @dataclass(frozen=True)
@@ -87,90 +65,35 @@ class Comparison:
     differences: list[Difference]
 
 
-def compare(rows: Sequence[BackboneRow], relations: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
-    """Compare `best` or P-tuning (or else the method that scores most) with every other that wrote predictions, on each
-    backbone.
+def compare(row: BackboneRow, asked: Answers, relations: Mapping[str, Mapping[str, Any]]) -> Comparison | None:
+    """Compare `best` or P-tuning (or else the method that scores most) with every other that wrote predictions, on one
+    backbone; None if there is nothing to compare.
 
-    Raises:
-        MegapromptError: a file of predictions is damaged.
+    Args:
+        asked: what the methods of this backbone answered.
+        relations: about them, by name.
     """
-    found = []
-    for row in rows:
-        asked = read_answers(row, list(relations))
-        methods = methods_in_order(asked.right)
-        macro = row.means()
-        best_first = sorted(methods, key=lambda method: -macro.get(method, -math.inf))
-        if len(methods) < 2:
-            continue
-        learned = lead_of(methods)
-        lead = learned or best_first[0]
-        differences = [difference(asked, lead, method) for method in methods if method != lead]
-        # As in the paper, what is learned stands against what is written, where both are there.
-        pair = ("manual", learned) if learned and "manual" in methods else (best_first[1], best_first[0])
-        labels = {name: about["label"] or name for name, about in relations.items()}
-        knowledge = knowledge_of(asked, *pair, labels)
-        found.append(Comparison(row.name, knowledge, [each for each in differences if each is not None]))
-    return [each for each in found if each.knowledge or each.differences]
+    methods = methods_in_order(asked.right)
+    if len(methods) < 2:
+        return None
+    pair = compared_pair(row, methods)
+    lead = pair[1]
+    differences = [difference(asked, lead, method) for method in methods if method != lead]
+    labels = {name: about["label"] or name for name, about in relations.items()}
+    knowledge = knowledge_of(asked, *pair, labels)
+    known = [each for each in differences if each is not None]
+    return Comparison(row.name, knowledge, known) if knowledge or known else None
 
 
-# ------------------------------------------------------------------------------------------------------ the predictions
-
-
-def read_answers(row: BackboneRow, relations: Sequence[str]) -> Answers:
-    """The predictions of all methods and seeds of a backbone. Methods without predictions, as majority, are left out.
-
-    Raises:
-        MegapromptError: a file is damaged.
-    """
-    runs = {run.path: run for cell in row.cells.values() for run in cell.runs}
-    seeds = {method: [run.path for run in cell.runs] for method, cell in row.cells.items()}
-    place: dict[Item, int] = {}
-    right: dict[tuple[str, Path], dict[int, bool]] = defaultdict(dict)  # (method, run) -> place of the item
-    given: dict[str, dict[int, Answer]] = defaultdict(dict)  # method -> place; of the first seed
-    for relation in relations:
-        for path, run in runs.items():
-            seen: Counter[tuple[str, ...]] = Counter()
-            for method, input_, gold, answer in _predictions(run, relation):
-                if path not in seeds.get(method, ()):
-                    continue
-                words = (method, input_, gold)
-                index = place.setdefault((relation, input_, gold, seen[words]), len(place))
-                seen[words] += 1
-                right[method, path][index] = answer.right
-                if path == seeds[method][0]:
-                    given[method][index] = answer
-    shares: dict[str, np.ndarray] = {}
-    for method, paths in seeds.items():
-        if all(right[method, path] for path in paths):
-            of_seeds = np.full((len(paths), len(place)), np.nan)
-            for i, path in enumerate(paths):
-                of_seeds[i, list(right[method, path])] = list(right[method, path].values())
-            shares[method] = of_seeds.mean(0)
-    first = {method: [given[method].get(index) for index in range(len(place))] for method in shares}
-    return Answers(list(place), shares, first)
-
-
-def _predictions(run: Run, relation: str) -> list[tuple[str, str, str, Answer]]:
-    """Method, input, gold and answer of every line. Facts are ranked; other items are told to be right or not."""
-    path = run.path / "predictions" / f"{relation}.jsonl"
-    if not path.exists():
-        return []
-    found = []
-    try:
-        for text in path.read_text(encoding="utf-8").split("\n"):
-            if not text:
-                continue
-            line = json.loads(text)
-            if "rank" in line:
-                best, probability = line["top"][0] if line.get("top") else ("–", math.nan)
-                answer = Answer(best, math.nan if probability is None else probability, line["rank"] == 1)
-                found.append((line["method"], line["subject"], line["object"], answer))
-            else:
-                answer = Answer(str(line["answer"]), line.get("probability", math.nan), bool(line["right"]))
-                found.append((line["method"], str(line["input"]), str(line["gold"]), answer))
-    except (ValueError, KeyError, TypeError) as error:
-        raise MegapromptError(f"{path}: is damaged ({error!r}); run the probe again") from error
-    return found
+def compared_pair(row: BackboneRow, methods: Sequence[str]) -> tuple[str, str]:
+    """The two of several methods that are set against each other, the lead last: as in the paper, what is learned
+    against what is written, where both are there, or else the two that score most."""
+    macro = row.means()
+    best_first = sorted(methods, key=lambda method: -macro.get(method, -math.inf))
+    lead = lead_of(methods) or best_first[0]
+    if lead_of(methods) and "manual" in methods:
+        return "manual", lead
+    return next(method for method in best_first if method != lead), lead
 
 
 # -------------------------------------------------------------------------------------------------- how sure, and which

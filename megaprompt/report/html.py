@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from megaprompt.errors import UsageError
 from megaprompt.files import write_file
+from megaprompt.report.browse import Browsed, browsed, quotas
 from megaprompt.report.charts import (
     LEARNING_PER_PAGE,
     learning_chart,
@@ -30,9 +31,10 @@ from megaprompt.report.charts import (
     types_chart,
 )
 from megaprompt.report.choices import choices_of
-from megaprompt.report.comparison import compare
+from megaprompt.report.comparison import Comparison, compare
 from megaprompt.report.controls import control_sections
-from megaprompt.report.runs import Run, Scoring, backbone_name, known, percent, plural, points, read_run
+from megaprompt.report.predictions import read_answers
+from megaprompt.report.runs import Run, Scoring, backbone_name, beside, known, percent, plural, points, read_run
 from megaprompt.report.superglue import SuperGlueTable, superglue_table
 from megaprompt.report.superglue_chart import averages_chart
 from megaprompt.report.superglue_formats import (
@@ -44,12 +46,22 @@ from megaprompt.report.superglue_formats import (
     superglue_latex,
     superglue_markdown,
 )
-from megaprompt.report.table2 import AVERAGES, Table2, join
+from megaprompt.report.table2 import Table2, join
 from megaprompt.report.table2_formats import HEADINGS, as_csv, latex, legend, lines_of, markdown, relation_text
-from megaprompt.report.tables import data_and_vocabulary, has_gain, lead_of, methods_in_order, notes_of, rows_of
+from megaprompt.report.tables import (
+    data_and_vocabulary,
+    filled_columns,
+    has_gain,
+    lead_of,
+    methods_in_order,
+    notes_of,
+    rows_of,
+    telling_columns,
+)
 from megaprompt.report.wordings import notes_of_answers, write_entry
 
-_SCRIPT = (Path(__file__).parent / "sortable.js").read_text(encoding="utf-8")
+_SCRIPTS = ("browse.js", "sortable.js", "page.js")
+_SCRIPT = "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in _SCRIPTS)
 _MOST_CHARTS = 8  # of one kind; where there would be more, a table says it better
 
 
@@ -68,6 +80,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     superglue = superglue_table(table)
     figures = _run_figures(found)
     relations, averages, types = rows_of(results)
+    methods = methods_in_order(results["methods"])
+    scored = [method for method in methods if method != "majority"]
+    comparisons, facts = _answers(table)
     abouts = results["data"]["relations"].values()
     page = write_page(
         "report",
@@ -82,17 +97,21 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         controls=control_sections(table),
         about=data_and_vocabulary(results),
         notes=[*notes_of(results), *notes_of_answers(results)],
-        methods=methods_in_order(results["methods"]),
+        methods=methods,
+        scored=scored,
+        filled=filled_columns([*relations, *averages], scored),
         relations=relations,
         averages=averages,
         types=types,
+        told=telling_columns(results["data"]["relations"]),
         ways=list(dict.fromkeys(way for about in abouts for way in about.get("usable", {}))),
         reasons=list(dict.fromkeys(reason for about in abouts for reason in about["left_out"])),
         total=sum(
             (Counter(about["facts"] | about.get("usable", {}) | about["left_out"]) for about in abouts), Counter()
         ),
         smallest=min((row for row in relations if row.items), key=lambda row: row.items, default=None),
-        comparisons=compare(table.rows, table.relations),
+        comparisons=comparisons,
+        browsed=facts,
         choices=choices_of(results),
         superglue=_superglue(superglue),
         circumstances=_circumstances(results),
@@ -152,18 +171,21 @@ def write_joint_report(table: Table2, out: Path) -> Path:
         raise UsageError(f"--out {out} holds a run with a report of its own; choose another directory")
     found = superglue_table(table)
     figures = _joint_figures(table, found)
+    comparisons, facts = _answers(table)
     page = write_page(
         "table2",
         figures,
         out,
         table=table,
         scoring=table.scoring,
-        averages={average: lines_of(table, average) for average in AVERAGES},
+        averages={average: lines_of(table, average) for average in table.averages},
         sentences=legend(table),
         headings=HEADINGS,
         controls=control_sections(table),
         relation_text=relation_text,
-        comparisons=compare(table.rows, table.relations),
+        told=telling_columns(table.relations),
+        comparisons=comparisons,
+        browsed=facts,
         superglue=_superglue(found),
     )
     write_tables(table, found, out)
@@ -177,6 +199,14 @@ def _joint_figures(table: Table2, found: SuperGlueTable | None) -> dict[str, Fig
     averages = averages_chart(found) if found else None
     first = {"averages": averages} if averages else {} if found else {"types": types_chart(table)}
     return {**first, "relations": relations_chart(table)}
+
+
+def _answers(table: Table2) -> tuple[list[Comparison], Browsed | None]:
+    """What the predictions say: methods that are compared, by backbone, and items that can be searched."""
+    limits = quotas(table)
+    asked = [read_answers(row, list(table.relations), limits) for row in table.rows]
+    found = [compare(row, answers, table.relations) for row, answers in zip(table.rows, asked, strict=True)]
+    return [each for each in found if each is not None], browsed(table, asked)
 
 
 def _superglue(found: SuperGlueTable | None) -> dict[str, Any] | None:
@@ -218,7 +248,7 @@ def write_page(template: str, figures: Mapping[str, Figure], out: Path, **values
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("megaprompt.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "points": points, "plural": plural}
+    environment.filters |= {"percent": percent, "points": points, "plural": plural, "beside": beside}
     page = environment.get_template(f"{template}.html.jinja").render(
         **values,
         charts={name: base64.b64encode(image).decode() for name, image in images.items()},

@@ -193,6 +193,11 @@ class Scoring:
         return f"dev_{self.score}"
 
     @property
+    def has_micro(self) -> bool:
+        """Whether the mean of the score over all items of all groups means something: only if it is one over items."""
+        return self.score in _SHARES_OF_RIGHT_ANSWERS
+
+    @property
     def of_right_answers(self) -> str:
         """What the share of right answers is called, which is the score itself for most kinds of question."""
         return self.heading if self.score in _SHARES_OF_RIGHT_ANSWERS else "share of right answers"
@@ -225,6 +230,11 @@ class Scoring:
             for name, heading in self.metrics.items()
             if name in _MEANING
         }
+
+
+def beside(name: str, label: str) -> str:
+    """The label that stands beside a name; empty if it only repeats the name."""
+    return "" if label == name else label
 
 
 def percent(value: Any) -> str:

@@ -21,7 +21,7 @@ from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.files import write_file
 from megaprompt.report.charts import LEARNING_PER_PAGE, method_colors, page_parts
 from megaprompt.report.html import write_page
-from megaprompt.report.runs import Run, Scoring, read_run
+from megaprompt.report.runs import Run, Scoring, beside, read_run
 from megaprompt.report.tables import lead_of, methods_in_order
 
 
@@ -41,8 +41,9 @@ class Series:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Of the relations, by name."""
-        return {name: about["label"] for name, about in self.first.results["data"]["relations"].items()}
+        """Of the relations, by name; empty where they only repeat it."""
+        about = self.first.results["data"]["relations"]
+        return {name: beside(name, each["label"]) for name, each in about.items()}
 
     @property
     def methods(self) -> list[str]:
@@ -138,7 +139,7 @@ def _chart(series: Series, relations: Sequence[str | None]) -> Figure:
         for method in series.methods:
             scores = series.scores(method, relation)
             axes.plot(list(series.runs), scores, ".-", color=colors[method], ms=3, lw=1.2, label=method)
-        title = series.scoring.average("macro") if relation is None else f"{relation} {series.labels[relation]}"
+        title = series.scoring.average("macro") if relation is None else f"{relation} {series.labels[relation]}".strip()
         axes.set_title(title, fontsize=9, parse_math=False)
         axes.set_ylim(-4, 104)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))

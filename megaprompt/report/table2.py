@@ -19,7 +19,6 @@ from megaprompt.report.settings import Settings, is_control_of, label_of, setups
 from megaprompt.report.tables import MARK, compared, leaders, methods_in_order, note_on_few, over_the_same
 
 Average = Literal["macro", "micro"]
-AVERAGES: tuple[Average, Average] = ("macro", "micro")
 RANDOM = "random weights"
 """The control on the same architecture with random weights."""
 
@@ -104,6 +103,11 @@ class Table2:
     rows: list[BackboneRow]
     methods: list[str]
     notes: list[str]  # what a reader has to know before comparing
+
+    @property
+    def averages(self) -> list[Average]:
+        """The averages of the score that mean something."""
+        return ["macro", "micro"] if self.scoring.has_micro else ["macro"]
 
     def types(self) -> dict[str, np.ndarray]:
         """Which relations [relations] (bool) are of each type."""

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from megaprompt.report.cited import FACTS_OF_THE_PAPER, SOURCE, paper_vocabulary
 from megaprompt.report.runs import Run, plural, points
-from megaprompt.report.table2 import AVERAGES, Average, BackboneRow, Cell, Table2
+from megaprompt.report.table2 import Average, BackboneRow, Cell, Table2
 from megaprompt.report.tables import MARK, lead_of, methods_in_order
 from megaprompt.report.wordings import over_wordings
 
@@ -166,7 +166,7 @@ def markdown(table: Table2) -> str:
         return f"**{text}**" if cell.best else f"*{text}*" if cell.cited and text != "–" else text
 
     parts = [f"# {in_markdown(f'{table.scoring.heading} on test, %: {table.about()}')}"]
-    for average in AVERAGES:
+    for average in table.averages:
         cells = _frame(table, average)[1].map(formatted).rename(columns=in_markdown)
         align = ["left", *["right"] * (len(cells.columns) - 1)]
         text = cells.to_markdown(index=False, colalign=align, disable_numparse=True)
@@ -188,13 +188,13 @@ def as_tex(text: str) -> str:
 
 
 def latex(table: Table2) -> str:
-    """Table 2 as LaTeX with booktabs: a table of macro averages, and one of micro averages."""
+    """Table 2 as LaTeX with booktabs: a table for each average."""
 
     def command(cell: Shown) -> str:
         return "textbf: --rwrap" if cell.best else "textit: --rwrap" if cell.cited else ""
 
     parts = ["% Made by megaprompt report; needs \\usepackage{booktabs}."]
-    for average in AVERAGES:
+    for average in table.averages:
         texts, cells = _frame(table, average)
         style = texts.style.hide(axis="index").format(as_tex).format_index(as_tex, axis="columns")
         style = style.apply(lambda _, cells=cells: cells.map(command), axis=None)
@@ -211,7 +211,7 @@ def as_csv(table: Table2) -> str:
     lines: list[dict[str, object]] = []
     for row in table.rows:
         every = {"measured": row.cells, **{f"measured {name}": cells for name, cells in row.controls.items()}}
-        for source, average, method in ((s, a, m) for s, cells in every.items() for a in AVERAGES for m in cells):
+        for source, average, method in ((s, a, m) for s, cells in every.items() for a in table.averages for m in cells):
             cell = every[source][method]
             mean, deviation = cell.mean(average)
             lines.append(
@@ -240,16 +240,16 @@ def terminal_table(table: Table2) -> Table:
     cited = any(row.cited for row in table.rows)
     title = Text(f"{table.scoring.heading} on test, %: {table.about()}")
     shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, heading in enumerate(("backbone", "method", "macro", "micro", "seeds", *(["paper †"] if cited else []))):
+    headings = ["backbone", "method", *table.averages, "seeds", *(["paper †"] if cited else [])]
+    for i, heading in enumerate(headings):
         shown.add_column(heading, justify="right" if i > 1 else "left", overflow="fold")
     for row in table.rows:
         best = row.best()
         for i, method in enumerate(methods_in_order({*row.cells, *row.cited})):
             cell, style = row.cells.get(method), "bold" if method in best else ""
-            texts = [_mean_text(cell, average) if cell else "–" for average in AVERAGES]
-            words = [row.name if i == 0 else "", method, *texts, str(len(cell.runs)) if cell else "–"]
-            words += [_cited_text(row.cited, method)] if cited else []
-            shown.add_row(*(Text(word, style if 2 <= j < 4 else "") for j, word in enumerate(words)))
+            texts = [Text(_mean_text(cell, average) if cell else "–", style) for average in table.averages]
+            words = [str(len(cell.runs)) if cell else "–", *([_cited_text(row.cited, method)] if cited else [])]
+            shown.add_row(Text(row.name if i == 0 else ""), Text(method), *texts, *map(Text, words))
         shown.add_section()
     shown.caption = Text("\n".join((*legend(table), *table.notes)), justify="left")
     return shown

@@ -14,7 +14,17 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from megaprompt.report.runs import Scoring, as_schema_2, backbone_name, divergence, known, percent, plural, points
+from megaprompt.report.runs import (
+    Scoring,
+    as_schema_2,
+    backbone_name,
+    beside,
+    divergence,
+    known,
+    percent,
+    plural,
+    points,
+)
 from megaprompt.report.wordings import notes_of_answers
 
 WRITTEN = ("majority", "manual", "mean of wordings", "mean of patterns", "best-manual", "in-context", "lpaqa", "e-bert")
@@ -118,29 +128,36 @@ class Row:
 
 
 def rows_of(results: Mapping[str, Any]) -> tuple[list[Row], list[Row], list[Row]]:
-    """Rows of relations, of the averages macro and micro, and of the relation types if there are several."""
+    """Rows of relations, of the averages macro and (where that means something) micro, and of the relation types if
+    there are several."""
     methods = {method: results["methods"][method] for method in methods_in_order(results["methods"])}
     about, scoring, few = results["data"]["relations"], Scoring.of(results), few_facts(results)
 
     def row(name: str, label: str, kind: str, over: Sequence[str], *path: str) -> Row:
-        cells, of_relations = {}, {}
+        cells: dict[str, Mapping[str, Any]] = {}
+        of_relations = {}
         for method, found in methods.items():
             rows = (found or {}).get("relations") or {}
             scores = {relation: scoring.percent_of(rows.get(relation) or {}) for relation in over}
             of_relations[method] = {relation: score for relation, score in scores.items() if score is not None}
             for key in path:
                 found = (found or {}).get(key)
-            cells[method] = found or {}
+            scored = [rows[relation] for relation in of_relations[method]]
+            # An average of a metric that only some of these relations have would be one over other relations.
+            cells[method] = {
+                key: value
+                for key, value in (found or {}).items()
+                if key.removeprefix("dev_") not in scoring.metrics or all(known(each.get(key)) for each in scored)
+            }
         items = {relation: about[relation]["facts"]["test"] for relation in over}
         weights = items if name == "micro" else dict.fromkeys(over, 1.0)
         is_few = name in few and path[0] == "relations"
         return Row(name, label, kind, sum(items.values()), weights, cells, of_relations, scoring, is_few)
 
-    relations = [row(name, i["label"], i["type"], [name], "relations", name) for name, i in about.items()]
-    averages = [
-        row("macro", f"mean over {scoring.groups}", "", list(about), "macro"),
-        row("micro", f"mean over {scoring.items}", "", list(about), "micro"),
-    ]
+    relations = [row(name, beside(name, i["label"]), i["type"], [name], "relations", name) for name, i in about.items()]
+    averages = [row("macro", f"mean over {scoring.groups}", "", list(about), "macro")]
+    if scoring.has_micro:
+        averages.append(row("micro", f"mean over {scoring.items}", "", list(about), "micro"))
     types = []
     kinds = sorted({info["type"] for info in about.values()})
     for kind in kinds if len(kinds) > 1 else ():
@@ -150,17 +167,32 @@ def rows_of(results: Mapping[str, Any]) -> tuple[list[Row], list[Row], list[Row]
     return relations, averages, types
 
 
+def telling_columns(relations: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which of the columns `label` and `type` tell something that the names of the relations do not."""
+    labels = any(beside(name, about["label"]) for name, about in relations.items())
+    types = any(about["type"] for about in relations.values())
+    return ["label"] * labels + ["type"] * types
+
+
+def filled_columns(rows: Sequence[Row], methods: Iterable[str]) -> list[str]:
+    """Which of the metrics, the score on dev and `epochs` are known of any of these methods."""
+    cells = [row.cells[method] for method in methods for row in rows]
+    columns = [*rows[0].scoring.metrics, rows[0].scoring.dev, "epochs"] if rows else []
+    return [column for column in columns if any(known(cell.get(column)) for cell in cells)]
+
+
 def notes_of(results: Mapping[str, Any]) -> list[str]:
     """Sentences about the marks of one run: relations that diverged, and averages over the others."""
-    scoring, (relations, (macro, micro), _) = Scoring.of(results), rows_of(results)
+    scoring, (relations, averages, _) = Scoring.of(results), rows_of(results)
     notes = []
     for row in relations:
         for method, cell in row.cells.items():
             if cell.get("diverged"):
                 notes.append(divergence(method, row.name, cell, method in row.scores()))
-    for method in macro.scores() | micro.scores():
-        if (count := len(macro.of_relations[method])) < len(macro.weights):
-            over = f"averages over {count} of {len(macro.weights)} {scoring.groups}"
+    of_relations, total = averages[0].of_relations, len(relations)
+    for method in dict.fromkeys(method for row in averages for method in row.scores()):
+        if (count := len(of_relations[method])) < total:
+            over = f"averages over {count} of {total} {scoring.groups}"
             notes.append(f"{method}: {over}. {compared(scoring)}")
     return [f"{MARK.strip()} {note}" for note in notes] + note_on_few(results)
 
@@ -204,16 +236,18 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     scoring, methods, gain = Scoring.of(results), methods_in_order(results["methods"]), has_gain(results)
     title = f"{scoring.heading} on test, %: {backbone_name(results['backbone'])}, {data_and_vocabulary(results)}"
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in (scoring.words.group, "label", "type"):
+    relations, averages, _ = rows_of(results)
+    told = telling_columns(results["data"]["relations"])
+    for column in (scoring.words.group, *told):
         label = column == "label"
         table.add_column(column, overflow="fold", no_wrap=not label, min_width=12 if label else None)
     for column in (f"test\n{scoring.items}", *methods, *(["gain"] if gain else [])):
         table.add_column(Text(column.replace(" ", "\n")), justify="right", no_wrap=True)
-    relations, averages, _ = rows_of(results)
     for i, row in enumerate((*relations, *averages)):
         if i == len(relations):
             table.add_section()
-        words = (row.heading, row.label if i < len(relations) else "", row.type, str(row.items))
+        about = {"label": row.label if i < len(relations) else "", "type": row.type}
+        words = (row.heading, *(about[column] for column in told), str(row.items))
         scores = [Text(row.text(method), "bold" if row.best(method) else "") for method in row.cells]
         table.add_row(*map(Text, words), *scores, *([Text(row.gain())] if gain else []))
     if notes := [*notes_of(results), *notes_of_answers(results)]:

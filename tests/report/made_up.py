@@ -9,6 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megaprompt.report.comparison import Comparison, compare
+from megaprompt.report.predictions import read_answers
 from megaprompt.report.runs import read_run
 from megaprompt.report.table2 import Table2, join
 from megaprompt.report.table2_formats import lines_of
@@ -102,6 +104,12 @@ def joined(*runs: Path) -> Table2:
     return join([read_run(run) for run in runs])
 
 
+def compared(table: Table2) -> list[Comparison]:
+    """What is compared on each backbone."""
+    found = [compare(row, read_answers(row, list(table.relations)), table.relations) for row in table.rows]
+    return [each for each in found if each is not None]
+
+
 def shown(table: Table2, average="macro") -> dict[str, dict[str, str]]:
     """Texts of the table by backbone and heading."""
     headings, lines = lines_of(table, average)
@@ -157,7 +165,7 @@ class Page(HTMLParser):
         return {row[0][0]: [text for text, kind in row if kind == "best"] for row in self.tables[table]}
 
     def prose(self) -> str:
-        return " ".join(html.unescape(re.sub(r"<style>.*?</style>|<[^>]+>", "", self.text, flags=re.S)).split())
+        return " ".join(html.unescape(re.sub(r"<(style|script)\b.*?</\1>|<[^>]+>", "", self.text, flags=re.S)).split())
 
 
 def markdown_rows(text: str) -> list[list[str]]:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from megaprompt.errors import MegapromptError
-from megaprompt.report.comparison import bootstrap_interval, compare, difference, read_answers
-from tests.report.made_up import joined, write_predictions
+from megaprompt.report.comparison import bootstrap_interval, difference
+from megaprompt.report.predictions import read_answers
+from tests.report.made_up import compared, joined, write_predictions
 
 
 def test_bootstrap_agrees_with_drawing_facts_one_by_one():
@@ -70,7 +71,7 @@ def test_facts_of_one_subject_are_one_question(make_run):
 
 def test_which_facts_are_known(answered):
     table = joined(answered)
-    (found,) = compare(table.rows, table.relations)
+    (found,) = compared(table)
     assert found.knowledge is not None
     assert (found.knowledge.first, found.knowledge.second) == ("manual", "p-tuning")
     assert found.knowledge.counts == {(True, True): 2, (True, False): 1, (False, True): 4, (False, False): 2}
@@ -87,7 +88,7 @@ def test_facts_with_the_same_words_are_kept_apart(make_run):
     run = make_run("a", {"manual": {"P36": 0.5}, "p-tuning": {"P36": 0.5}})
     write_predictions(run, "P36", {"manual": [1, 2], "p-tuning": [2, 1]}, ["same", "same"])
     table = joined(run)
-    (found,) = compare(table.rows, table.relations)
+    (found,) = compared(table)
     assert found.knowledge is not None
     assert found.knowledge.counts == {(True, True): 0, (True, False): 1, (False, True): 1, (False, False): 0}
 
@@ -104,7 +105,7 @@ def test_only_facts_that_both_were_asked_are_compared(make_run):
     assert (found.points, found.items) == (100.0, 1)
     write_predictions(other, "P36", {"p-tuning": [1]}, ["elsewhere"])
     assert difference(read_answers(table.rows[0], ["P36"]), "p-tuning", "manual") is None
-    assert compare(table.rows, table.relations) == []
+    assert compared(table) == []
 
 
 def test_a_fact_counts_as_the_share_of_the_seeds_that_know_it(make_run):
@@ -123,7 +124,7 @@ def test_without_manual_prompts_the_two_best_are_compared(make_run):
     run = make_run("a", scores)
     write_predictions(run, "P36", {"lpaqa": [1, 2], "autoprompt": [1, 1], "mined": [2, 2]})
     table = joined(run)
-    (found,) = compare(table.rows, table.relations)
+    (found,) = compared(table)
     assert found.knowledge is not None
     assert (found.knowledge.first, found.knowledge.second) == ("lpaqa", "autoprompt")
     assert [(each.method, each.other) for each in found.differences] == [
@@ -136,7 +137,7 @@ def test_damaged_predictions_are_named(answered):
     for text in ('{"method": "manual"', '{"method": "manual"}\n', "[]\n"):
         (answered / "predictions" / "P36.jsonl").write_text(text)
         with pytest.raises(MegapromptError, match=r"P36\.jsonl: is damaged"):
-            compare(table.rows, table.relations)
+            compared(table)
 
 
 def test_line_separators_in_names_end_no_line(make_run):
@@ -146,7 +147,7 @@ def test_line_separators_in_names_end_no_line(make_run):
     (run / "predictions").mkdir()
     (run / "predictions" / "P36.jsonl").write_text("".join(lines), encoding="utf-8")
     table = joined(run)
-    (found,) = compare(table.rows, table.relations)
+    (found,) = compared(table)
     assert found.knowledge is not None
     assert found.knowledge.counts[True, True] == 1
     assert math.isnan(found.knowledge.examples[True, True][0].answers[0].probability)

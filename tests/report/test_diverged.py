@@ -5,7 +5,6 @@ import json
 import pytest
 
 from megaprompt.report.charts import relations_chart, types_chart
-from megaprompt.report.comparison import compare
 from megaprompt.report.html import write_joint_report, write_report
 from megaprompt.report.runs import read_run
 from megaprompt.report.table2_formats import as_csv, latex, markdown
@@ -13,6 +12,7 @@ from megaprompt.report.tables import notes_of
 from tests.report.made_up import (
     Page,
     change,
+    compared,
     diverge,
     joined,
     make_results,
@@ -127,7 +127,7 @@ def test_predictions_are_compared_where_both_have_them(seeds):
             lost = run is seeds[1] and name == "P36"
             write_predictions(run, name, {"manual": [2, 1], **({} if lost else {"p-tuning": [1, 1]})})
     table = joined(*seeds)
-    (found,) = compare(table.rows, table.relations)
+    (found,) = compared(table)
     (gap,) = found.differences
     assert (gap.points, gap.relations, gap.items) == (50.0, 1, 2)
 
