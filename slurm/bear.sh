@@ -25,7 +25,7 @@ SCRIPT=slurm/bear.sh
 
 [[ ${1:-} && $1 != -* ]] || usage "$0"
 IFS=, read -ra models <<<"$1"
-arguments=(--data "${BEAR:-data/bear}" --methods manual "${@:2}")
+arguments=(--data "${BEAR:-data/bear}" --methods manual --deepspeed auto "${@:2}")
 out=$(run_directory runs/bear "${@:2}")
 
 # run_of TASK: the model of a task, and the directory of its run.

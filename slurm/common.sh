@@ -26,6 +26,16 @@ run_directory() {
   echo "$out"
 }
 
+# asked_for SCRIPT: nodes and ranks of each, as NODES*RANKS, that the script and SBATCH_OPTIONS ask for. With GPU_MEMORY and
+# HOST_MEMORY of site.env the check on a login node judges by them whether the run fits.
+asked_for() {
+  local options nodes ranks
+  options=$(sed -n 's/^#SBATCH//p' "$1")" ${SBATCH_OPTIONS:-}"
+  nodes=$(grep -oP -- '--nodes[= ]\K[0-9]+' <<<"$options" | tail -n 1 || true)
+  ranks=$(grep -oP -- '--ntasks-per-node[= ]\K[0-9]+' <<<"$options" | tail -n 1 || true)
+  echo "${nodes:-1}*${ranks:-1}"
+}
+
 # probe_job SCRIPT OUT ARGUMENTS...
 # In a job: run COMMAND of megaprompt (probe, if not set) on all tasks, survive the time limit, and continue what is
 # already in the run's directory. On a login node: check the arguments and submit SCRIPT, with the arguments that it was
@@ -46,7 +56,8 @@ probe_job() {
   [[ -f $out/config.yaml ]] && arguments+=(--resume)
 
   # Seconds, one process, no weights: options, backbone, data, disk, memory, versions. Ends here if something is wrong.
-  [[ ${SLURM_JOB_ID:-} ]] || export MEGAPROMPT_LOGIN_NODE=1 # whose memory does not matter
+  [[ ${SLURM_JOB_ID:-} ]] || MEGAPROMPT_LOGIN_NODE=$(asked_for "$script") # whose own memory does not matter
+  export MEGAPROMPT_LOGIN_NODE
   "${PYTHON[@]}" -m megaprompt "$command" "${arguments[@]}" --check || die "the check failed, see above; no rank was started"
 
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -55,6 +66,9 @@ probe_job() {
   fi
 
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+  # When the job ends, which older Slurms do not tell it: no checkpoint is begun that would not be complete by then.
+  SLURM_JOB_END_TIME=$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null || true)
+  export SLURM_JOB_END_TIME
   if [[ ! $time_is_up ]]; then
     # A rank that fails takes the others along. In the background, since bash runs traps between foreground commands.
     srun --kill-on-bad-exit=1 "${PYTHON[@]}" -m megaprompt "$command" "${arguments[@]}" &
@@ -125,7 +139,8 @@ array_of_runs() {
     done
     exit "${missing:-0}"
   else
-    [[ ${SLURM_JOB_ID:-} ]] || export MEGAPROMPT_LOGIN_NODE=1
+    [[ ${SLURM_JOB_ID:-} ]] || MEGAPROMPT_LOGIN_NODE=$(asked_for "$SCRIPT")
+    export MEGAPROMPT_LOGIN_NODE
     for ((task = 0; task < count; task++)); do
       run_of "$task"
       if [[ $checked != *"|$check|"* ]]; then

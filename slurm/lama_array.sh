@@ -22,7 +22,7 @@ source slurm/common.sh
 [[ ${1:-} =~ ^[A-Z][0-9]+(,[A-Z][0-9]+)*$ ]] || usage "$0"
 IFS=, read -ra relations <<<"$1"
 shift
-arguments=(--backbone "${BACKBONE_GPT2_XL:-gpt2-xl}" --data "${DATA:-data/lama}" "$@")
+arguments=(--backbone "${BACKBONE_GPT2_XL:-gpt2-xl}" --data "${DATA:-data/lama}" --deepspeed auto "$@")
 out=$(run_directory runs/lama_array "$@")
 
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
@@ -41,7 +41,7 @@ elif [[ ${SLURM_JOB_ID:-} ]]; then
   die "start it with bash, not sbatch: it submits two jobs"
 else
   list=$(IFS=,; echo "${relations[*]}")
-  MEGAPROMPT_LOGIN_NODE=1 "${PYTHON[@]}" -m megaprompt probe "${arguments[@]}" --relations "$list" --out "$out/check" --check
+  MEGAPROMPT_LOGIN_NODE=$(asked_for "$0") "${PYTHON[@]}" -m megaprompt probe "${arguments[@]}" --relations "$list" --out "$out/check" --check
   submit_array "${#relations[@]}" "$list" "$@"
   echo "the table will be in $out/report.html"
 fi

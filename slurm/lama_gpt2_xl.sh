@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPT2-XL (1.5B) on LAMA: it fits on one GPU, so every rank has a whole copy and no weights travel.
+# GPT2-XL (1.5B) on LAMA: where it fits on one GPU, every rank has a whole copy and no weights travel.
 #
 #   bash slurm/lama_gpt2_xl.sh [OPTIONS OF megaprompt probe]           check here, then submit
 #   sbatch [OPTIONS OF sbatch] slurm/lama_gpt2_xl.sh [OPTIONS ...]     submit, check in the job
@@ -19,4 +19,4 @@ set -euo pipefail
 [[ -f slurm/common.sh ]] || { echo "lama_gpt2_xl.sh: submit from the repository's root directory" >&2; exit 2; }
 source slurm/common.sh
 
-probe_job "$0" runs/lama_gpt2_xl --backbone "${BACKBONE_GPT2_XL:-gpt2-xl}" --data "${DATA:-data/lama}" "$@"
+probe_job "$0" runs/lama_gpt2_xl --backbone "${BACKBONE_GPT2_XL:-gpt2-xl}" --data "${DATA:-data/lama}" --deepspeed auto "$@"

@@ -27,7 +27,7 @@ SCRIPT=slurm/lama_table2.sh
 
 [[ ${1:-} && $1 != -* ]] || usage "$0"
 IFS=, read -ra backbones <<<"$1"
-arguments=(--data "${DATA:-data/lama}" "${@:2}")
+arguments=(--data "${DATA:-data/lama}" --deepspeed auto "${@:2}")
 out=$(run_directory runs/lama_table2 "${@:2}")
 export METHODS=${METHODS:-manual,p-tuning fine-tuning manual+fine-tuning} SEEDS=${SEEDS:-0}
 read -ra groups <<<"$METHODS"

@@ -4,7 +4,8 @@
 #
 #   bash slurm/memory_benchmark.sh 1,2,4 [OPTIONS OF megaprompt memory]      numbers of nodes
 #
-# From the repository's root. Measurements of 2 nodes are in OUT/nodes-2, all together in OUT (--out, runs/memory if not
+# From the repository's root. Models up to Megatron 11B are measured with random weights; what cannot fit is predicted, and
+# marked so. `--backbones gpt2-xl,megatron-11b --dtype bfloat16` takes others. Measurements of 2 nodes are in OUT/nodes-2, all together in OUT (--out, runs/memory if not
 # given). The same command continues what was interrupted. The jobs of an array are all of one size, so these are no
 # array. Options of sbatch for the jobs: SBATCH_OPTIONS="--time=1:00:00". Site settings: see slurm/site.env.example.
 #

@@ -26,7 +26,7 @@ SCRIPT=slurm/superglue.sh COMMAND=superglue PARTS=1
 
 [[ ${1:-} && $1 != -* ]] || usage "$0"
 IFS=, read -ra backbones <<<"$1"
-arguments=(--data "${SUPERGLUE:-data/fewglue}" "${@:2}")
+arguments=(--data "${SUPERGLUE:-data/fewglue}" --deepspeed auto "${@:2}")
 out=$(run_directory runs/superglue "${@:2}")
 export METHODS=${METHODS:-manual,in-context,p-tuning} SEEDS=${SEEDS:-0}
 export TASKS=${TASKS:-boolq cb copa multirc rte wic wsc}

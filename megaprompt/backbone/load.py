@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from megaprompt.backbone import megatron  # noqa: F401 (registers the model with transformers)
 from megaprompt.backbone.gguf import dequantized
@@ -127,6 +127,15 @@ def read_config(spec: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(files_of(spec))
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(_cannot_be_loaded(f"--backbone {spec}:", error)) from error
+
+
+def is_causal(spec: str) -> bool:
+    """Whether a backbone reads from left to right only, found out from its configuration.
+
+    Raises:
+        UsageError: there is no such backbone, or it is no language model.
+    """
+    return language_model(read_config(spec)) is AutoModelForCausalLM
 
 
 def inspect_backbone(spec: str) -> tuple[int, str]:

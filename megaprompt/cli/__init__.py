@@ -241,14 +241,20 @@ def plan(config: PlanConfig) -> None:
     from megaprompt.resources.plan_shown import as_json, chart, tables
 
     found = plans(config)
+    if config.write_config is not None:
+        from megaprompt.resources.configuration import write_configuration
+
+        found = [write_configuration(config, found[0]), *found]
     if config.chart is not None:
         chart(config, found).savefig(config.chart, dpi=150)
     if config.json:
         print(json.dumps(as_json(config, found), indent=1))
-        return
-    for table in tables(config, found):
+    for table in () if config.json else tables(config, found):
         show(table)
-    print(advice(config, found))
+    if not found[0].fits:
+        raise MegapromptError(advice(config, found))
+    if not config.json:
+        print(advice(config, found))
 
 
 @app.command

@@ -9,10 +9,11 @@ from megaprompt.config.options import PASS_TOKENS, ROW_TOKENS, from_yaml, read_y
 from megaprompt.config.probe import ProbeConfig
 from megaprompt.config.run import RunConfig
 from megaprompt.config.runs import AskConfig, EvaluateConfig, ExportConfig, ReportConfig, StatusConfig
-from megaprompt.config.shipped import find_configuration, shipped_configurations
+from megaprompt.config.shipped import AUTO, find_configuration, shipped_configurations
 from megaprompt.config.superglue import SUPERGLUE_TASKS, SuperGlueConfig
 
 __all__ = [
+    "AUTO",
     "PASS_TOKENS",
     "ROW_TOKENS",
     "SUPERGLUE_TASKS",

@@ -36,7 +36,7 @@ class PlanConfig:
     """What is trained: prompts, or the whole model. (manual+fine-tuning needs what fine-tuning needs.)"""
     deepspeed: Path | None = None
     """The DeepSpeed configuration to look at, as for `megaprompt probe`. The cheapest of ds_configs/ that fits if not
-    given."""
+    given, or auto."""
     nodes: Whole = 1
     """Number of machines."""
     gpus: Whole = 1
@@ -70,6 +70,9 @@ class PlanConfig:
     """GB/s that each node reads from its local disk."""
     json: Flag = False
     """Print JSON instead of tables."""
+    write_config: Path | None = None
+    """Also write a DeepSpeed configuration into this file: the best one, or that of --deepspeed, with buckets that fit
+    the model (see ds_configs/README.md)."""
     chart: Path | None = None
     """Also draw the memory of all configurations into this PNG file."""
 
@@ -87,8 +90,8 @@ class MemoryConfig:
 
     out: Path = Path("runs/memory")
     """Directory for memory.json, memory.md and memory.png. Cases that are there already are not run again."""
-    backbones: Names = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-    """As for `megaprompt plan`."""
+    backbones: Names = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "megatron-11b")
+    """As for `megaprompt plan`. What needs twice the memory that there is, or more ranks, is only predicted."""
     methods: Names = ("p-tuning", "fine-tuning")
     """What is trained: p-tuning (prompts), fine-tuning (the whole model)."""
     deepspeed: Names = ("ds_configs/zero3.json", "ds_configs/zero3_cpu_offload.json")

@@ -21,6 +21,7 @@ from megaprompt.config.options import (
     WholeOrNone,
     above_zero,
 )
+from megaprompt.config.shipped import AUTO
 from megaprompt.errors import UsageError
 
 
@@ -73,7 +74,8 @@ class RunConfig:
     computes with it, float32 on others and on a CPU. Prompts are always trained in float32."""
     deepspeed: Path | None = None
     """DeepSpeed configuration, a file or one that comes with megaprompt, such as zero3 (see ds_configs/): shard the
-    backbone over the ranks. Plain PyTorch if not given."""
+    backbone over the ranks. Plain PyTorch if not given. auto: whole copies where they fit, else ZeRO-3, else with
+    offload to host memory, or to NVMe if the directory that zero3_nvme_offload names is there."""
     relation_groups: WholeOrNone = None
     """Divide the ranks into this many groups, each of which trains some of the relations (tasks). Does not change
     results. If not given: as many as there are ranks, or fewer where that would leave some without work."""
@@ -89,7 +91,7 @@ class RunConfig:
     nothing is written."""
 
     def __post_init__(self) -> None:
-        if self.control is not None and self.deepspeed is not None:
+        if self.control is not None and self.deepspeed not in (None, AUTO):
             raise UsageError(f"--control {self.control}: is not for --deepspeed; leave one of them out")
         for method in self.methods:
             if method not in self.METHODS:

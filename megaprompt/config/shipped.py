@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+AUTO = Path("auto")
+"""What `--deepspeed` is given for the configuration that the plan chooses."""
+
 _PACKAGE = Path(__file__).parents[1]
 _FOLDERS = (_PACKAGE / "ds_configs", _PACKAGE.parent / "ds_configs")  # of an installed wheel; of the repository
 

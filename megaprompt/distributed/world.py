@@ -78,6 +78,9 @@ class World:
         must call it."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
+        return self._host_memory()
+
+    def _host_memory(self) -> int:
         limits = [psutil.virtual_memory().total]
         if megabytes := os.environ.get("SLURM_MEM_PER_NODE"):
             limits.append(int(megabytes) << 20)
@@ -89,8 +92,12 @@ class World:
         """Bytes that are free for the process that has the least. All must call it."""
         if self.device.type == "cuda":
             return min(self.gather(torch.cuda.mem_get_info(self.device)[0]))
+        return self.free_host_memory()
+
+    def free_host_memory(self) -> int:
+        """Bytes of its machine's memory that are free for the process that has the least. All must call it."""
         available = psutil.virtual_memory().available // (ranks_on_this_machine() if self.size > 1 else 1)
-        return min(self.gather(min(available, self.memory())))
+        return min(self.gather(min(available, self._host_memory())))
 
     def barrier(self) -> None:
         """Wait for all ranks."""

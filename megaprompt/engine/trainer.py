@@ -44,7 +44,9 @@ class Hooks:
     progress: Callable[[int, int, int], None] = lambda done, total, step: None  # instances done, at most, steps
     should_save: Callable[[], bool] = lambda: False  # asked on each rank after each step; one True makes all save
     should_stop: Callable[[], bool] = lambda: False  # likewise; all save, and stop
-    save: Callable[[], None] = lambda: None
+    save: Callable[[bool], None] = lambda stopping: None  # may go on writing, unless it stops
+    is_writing: Callable[[], bool] = lambda: False  # asked after each step, too
+    written: Callable[[], None] = lambda: None  # after a step at which no rank is writing
 
 
 class Interrupted(MegapromptError):
@@ -142,8 +144,8 @@ class Trainer:
         while len(self.stopped_after) < len(self._steps):
             retired = self.train_step()
             ended = any(learner.dev_is_due for learner in self.learners)
-            signs = [ended, bool(retired), hooks.should_stop(), hooks.should_save()]
-            some_ended, some_retired, stopping, saving = self.at.everyone.max_(
+            signs = [ended, bool(retired), hooks.should_stop(), hooks.should_save(), hooks.is_writing()]
+            some_ended, some_retired, stopping, saving, writing = self.at.everyone.max_(
                 torch.tensor(signs, dtype=torch.int64), "schedule"
             )
             if some_retired:
@@ -157,8 +159,10 @@ class Trainer:
             for line in self._drop(self._halving.weak(self.step, self.stopped_after)):
                 hooks.log(line)
             hooks.progress(*self.progress(), self.step)
+            if not writing:
+                hooks.written()
             if saving or stopping:
-                hooks.save()
+                hooks.save(bool(stopping))
             if stopping:
                 raise Interrupted(f"interrupted after step {self.step}; continue with --resume")
         self.at.trunks.known.clear()

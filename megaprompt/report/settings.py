@@ -80,7 +80,7 @@ def _settings(run: Run) -> Settings:
             settings[method] = {key: options[key] for key in keys} if run.options else {"run": str(run.path)}
             if ("fine-tuning" in method or method == "pet") and run.options:
                 # Weights are trained in float32 unless something says otherwise, also where the frozen ones are not.
-                said = options["dtype"] or options["deepspeed"]
+                said = options["dtype"] or run.results.get("deepspeed", options["deepspeed"] or "none") != "none"
                 settings[method]["dtype"] = backbone["dtype"] if said else "float32"
     for text in options["discrete"]:
         name, _, path = text.partition("=")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from megaprompt.resources.profile import Profile
@@ -37,18 +38,29 @@ def gathering(profile: Profile, zero: Mapping[str, Any], ranks: int, gloo: bool)
     """
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     persistent = {i for i, numel in enumerate(profile.numels) if numel <= threshold}
-    order = (*profile.trace, *reversed(profile.trace))
+    leaves = profile.layer_class in zero.get("leaf_module", {}).get("classes", ())
+    modules = _gathered_at_once(profile, leaves)
+    order = (*modules, *reversed(modules))
     coordinator = _Coordinator(
         profile.numels,
-        [[i for i in module if i not in persistent] for module in order],
+        [[i for number in module for i in profile.trace[number] if i not in persistent] for module in order],
         bucket=zero.get("stage3_prefetch_bucket_size", 50_000_000),
         limit=zero.get("stage3_max_live_parameters", 1_000_000_000),
         reuse=zero.get("stage3_max_reuse_distance", 1_000_000_000),
         buffered=ranks > 1,
         gloo=gloo,
     )
-    lives = tuple(coordinator.run(step) for step in range(len(order)))
+    lives = tuple(live for step, module in enumerate(order) for live in [coordinator.run(step)] * len(module))
     return Gathering(lives, coordinator.total, sum(profile.numels[i] for i in persistent))
+
+
+def _gathered_at_once(profile: Profile, leaves: bool) -> list[tuple[int, ...]]:
+    """The numbers of the trace's modules whose parameters are gathered together: those of a layer, if it is a leaf."""
+    numbers = range(len(profile.trace))
+    if not leaves:
+        return [(number,) for number in numbers]
+    own = [(-1, number) if profile.layers[number] < 0 else (profile.layers[number], 0) for number in numbers]
+    return [tuple(group) for _, group in groupby(numbers, key=lambda number: own[number])]
 
 
 class _Coordinator:

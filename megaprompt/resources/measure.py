@@ -28,7 +28,7 @@ from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.files import write_file
 from megaprompt.resources.bars import legend, stacked
 from megaprompt.resources.measured_case import Case
-from megaprompt.resources.plan import RUNTIME, profile_of
+from megaprompt.resources.plan import RUNTIME, USABLE, profile_of
 from megaprompt.resources.predict import Job, predict
 from megaprompt.resources.profile import Method
 
@@ -40,12 +40,11 @@ def measure_all(config: MemoryConfig) -> list[dict[str, Any]]:
         UsageError: there is no such backbone or configuration.
         MegapromptError: a case failed for another reason than memory.
     """
-    done = {
-        row["key"]: row
-        for path in sorted([config.out / "memory.json", *(config.out.glob("*/memory.json") if config.collect else ())])
-        if path.exists()
-        for row in json.loads(path.read_text(encoding="utf-8"))
-    }
+    done: dict[str, dict[str, Any]] = {}
+    for path in sorted([config.out / "memory.json", *(config.out.glob("*/memory.json") if config.collect else ())]):
+        for row in json.loads(path.read_text(encoding="utf-8")) if path.exists() else ():
+            if "not_tried" not in row or row["key"] not in done:
+                done[row["key"]] = row
     if config.collect:
         if not done:
             raise UsageError(f"--collect: no memory.json in {config.out} or the directories in it")
@@ -69,9 +68,10 @@ def measure_all(config: MemoryConfig) -> list[dict[str, Any]]:
                 limit=_limit(config, int(ranks)),
             )
             key = " ".join(str(value) for name, value in dataclasses.asdict(case).items() if name != "limit")
-            if key not in done:
+            if key not in done or "not_tried" in done[key]:  # there may be more memory this time
                 predicted = _predicted(case, dtype, settings)
-                done[key] = {"key": key, **dataclasses.asdict(case), "predicted": predicted, **_run(case, config)}
+                found = _cannot_be_tried(case, sum(predicted.values())) or _run(case, config)
+                done[key] = {"key": key, **dataclasses.asdict(case), "predicted": predicted, **found}
             rows.append(done[key])
             _write(config.out, list(done.values()), rows)
             update(number + 1)
@@ -84,6 +84,21 @@ def _limit(config: MemoryConfig, ranks: int) -> int | None:
         return None
     free = config.memory_limit * 1e9 if config.memory_limit else 0.9 * psutil.virtual_memory().available
     return int(free / -(-ranks // int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))))
+
+
+def _cannot_be_tried(case: Case, predicted: float) -> dict[str, Any] | None:
+    """Why a case is only predicted here, and what memory there is for a rank; None if it can be measured.
+
+    Close to the limit only measuring tells; at twice of it minutes would be spent on what is known.
+    """
+    gpus = torch.cuda.device_count()
+    available = case.limit or torch.cuda.get_device_properties(0).total_memory
+    most = int(os.environ.get("SLURM_NTASKS", gpus or case.ranks))
+    if case.ranks > most:
+        return {"not_tried": f"there are {most} ranks", "available": available}
+    if predicted > 2 * available:
+        return {"not_tried": "more than twice what there is", "available": available}
+    return None
 
 
 def _predicted(case: Case, dtype: torch.dtype, settings: DeepSpeedSettings) -> dict[str, float]:
@@ -146,12 +161,20 @@ def _peak(row: dict[str, Any]) -> dict[str, float] | None:
     return max(row["measured"], key=lambda rank: rank["peak"]) if "measured" in row else None
 
 
+def _verdict(row: dict[str, Any]) -> str:
+    """What is said of a case that has no measured peak."""
+    if "not_tried" not in row:
+        return "out of memory"
+    fits = sum(row["predicted"].values()) <= USABLE * row["available"]
+    return f"not tried; plan: {'fits' if fits else 'out of memory at'} {row['available'] / 1e9:.1f}"
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     predicted, measured = sum(row["predicted"].values()), _peak(row)
     cells = [Path(row["backbone"]).name, row["method"], Path(row["deepspeed"] or "none").stem, str(row["ranks"])]
     cells += [f"{predicted / 1e9:.2f}"]
     if measured is None:
-        return [*cells, "out of memory", "", "", "", "", ""]
+        return [*cells, _verdict(row), "", "", "", "", ""]
     kept = [f"{measured[name] / 1e9:.2f}" for name in ("parameters", "gradients", "optimizer", "encoders")]
     return [*cells, f"{measured['peak'] / 1e9:.2f}", f"{100 * (predicted / measured['peak'] - 1):+.0f} %", *kept]
 
@@ -205,8 +228,8 @@ def chart(rows: Sequence[dict[str, Any]]) -> Figure:
                 if kind == "predicted":
                     sizes = row["predicted"]
                 elif (measured := _peak(row)) is None:
-                    limit = (row["limit"] or 0) / 1e9
-                    axes.text(limit, place, " out of memory", va="center", fontsize=7, color="#D55E00")
+                    limit = min(row.get("available", row["limit"]) or 0, sum(row["predicted"].values())) / 1e9
+                    axes.text(limit, place, f" {_verdict(row)}", va="center", fontsize=7, color="#D55E00")
                     axes.barh(place, limit, 0.8, color="none", edgecolor="#D55E00", hatch="////", linewidth=0.6)
                     continue
                 else:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megaprompt.config import PlanConfig, shipped_configurations
+from megaprompt.config import AUTO, PlanConfig, shipped_configurations
 from megaprompt.distributed.deepspeed_config import DeepSpeedSettings, read_deepspeed_config
 from megaprompt.engine.schedule import groups_for, waves_for
 from megaprompt.errors import UsageError
@@ -58,13 +58,17 @@ def plans(config: PlanConfig) -> list[Plan]:
     Raises:
         UsageError: there is no such backbone or configuration.
     """
-    if config.deepspeed is not None:
+    if config.deepspeed not in (None, AUTO):
         return [plan(config, config.deepspeed)]
     found = [plan(config, None)]
     for path in _configurations():
         if read_deepspeed_config(path).dtype in (None, _default(config)):
             found.append(plan(config, path))
-    return sorted(found, key=lambda one: (not one.fits, one.seconds, one.traffic["pcie"], one.total("device")))
+    return sorted(found, key=_cost)
+
+
+def _cost(plan: Plan) -> tuple[float, ...]:
+    return (not plan.fits, plan.seconds, plan.traffic["pcie"], plan.traffic["network"], plan.total("device"))
 
 
 def _default(config: PlanConfig) -> torch.dtype:
@@ -223,7 +227,7 @@ def advice(config: PlanConfig, found: Sequence[Plan]) -> str:
     if best.fits:
         option = "without --deepspeed" if best.name == "none" else f"with --deepspeed {best.name}"
         return f"fits {option} ({best.dtype}){arrangement(best)}; at least {best.seconds:.2g} s per pass"
-    why = "".join(f"\n  {reason}" for reason in best.reasons)
+    why = f" ({'; '.join(best.reasons)})"
     device = best.bytes["device"] or best.bytes["host"]
     most = max(device, key=lambda category: device[category])
     changes = {
@@ -233,7 +237,7 @@ def advice(config: PlanConfig, found: Sequence[Plan]) -> str:
         "gathered": "lower stage3_max_live_parameters and stage3_max_reuse_distance in the configuration",
         "buffers": "lower reduce_bucket_size, sub_group_size or buffer_count in the configuration",
     }
-    if config.deepspeed is not None:
+    if config.deepspeed not in (None, AUTO):
         return f"does not fit; leave --deepspeed out to see which configuration does{why}"
     return f"does not fit; {changes.get(most) or 'use more GPUs or nodes'}{why}"
 

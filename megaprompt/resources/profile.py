@@ -26,6 +26,7 @@ from megaprompt.backbone.packed import PackedModel, language_model
 from megaprompt.errors import UsageError, first_line
 from megaprompt.prompting.packing import PassSize, pack, split_into_passes
 from megaprompt.prompting.query import Query
+from megaprompt.resources.layers import layers_of
 
 Method = Literal["p-tuning", "fine-tuning"]
 
@@ -71,6 +72,8 @@ class Profile:
     saved: tuple[int, ...]  # bytes kept for the backward pass when each module of the trace begins
     activations: int  # bytes at the peak, saved and temporary, without the parameters' gradients
     flops: int  # forward and backward
+    layer_class: str = ""  # of layers that are alike
+    layers: tuple[int, ...] = ()  # to which of them each module of the trace belongs; -1 if to none
 
     @property
     def parameters(self) -> int:
@@ -165,6 +168,8 @@ def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Pro
         for module in model.modules():
             if any(True for _ in module.parameters(recurse=False)):
                 module.register_forward_pre_hook(begins)
+        layers = layers_of(model)
+        layer_of = {module: i for i, layer in enumerate(layers) for module in layer.modules()}
         for parameter in parameters:
             if trainable:  # ZeRO-3 hands gradients on as they come
                 parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
@@ -183,4 +188,6 @@ def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Pro
         saved=tuple(saved),
         activations=allocations.peak,
         flops=flops.get_total_flops(),
+        layer_class=type(layers[0]).__name__ if layers else "",
+        layers=tuple(layer_of.get(module, -1) for module in trace),
     )

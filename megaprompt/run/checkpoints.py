@@ -1,4 +1,7 @@
-"""Checkpoints of training: a directory for each, with a file for each task, and a manifest with their checksums."""
+"""Checkpoints of training: a directory for each, with a file for each task, and a manifest with their checksums.
+
+`checkpoint_writer` writes them.
+"""
 
 from __future__ import annotations
 
@@ -38,63 +41,30 @@ class Checkpoint:
         return torch.load(self.path / f"{task}.pt", weights_only=True, map_location="cpu")
 
 
-def save_checkpoint(
-    directory: Path, world: World, step: int, states: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]
-) -> None:
-    """Write a checkpoint; all ranks call it together, each with the states of other tasks (or none).
-
-    It is written aside and renamed when everything is on the disk; only then older ones than the two newest go.
-
-    Args:
-        about: JSON-ready, the same on all ranks; `load_checkpoint` gives it back.
-
-    Raises:
-        MegapromptError: on all ranks, if one cannot write. The older checkpoints are still there.
-    """
-    target = directory / f"step-{step:08}"
-    scratch = target.with_name(f".{target.name}.partial")
-    failure = _make(scratch) if world.is_main else None
-    world.barrier()
-    digests, other = _write_states(scratch, states)
-    reports = world.gather((digests, failure or other))
-    if world.is_main and not any(why for _, why in reports):
-        files = {task: digest for part, _ in reports for task, digest in part.items()}
-        manifest = {"format": FORMAT, "step": step, "files": files, "about": dict(about)}
-        failure = _publish(scratch, target, manifest)
-    failures = [why for why in world.gather(failure or other) if why]
-    if failures:
-        if world.is_main:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise MegapromptError(f"cannot write a checkpoint ({failures[0]}); the older ones are kept")
-
-
-def _make(scratch: Path) -> str | None:
-    """A new directory; returns what went wrong."""
+def prepare(scratch: Path) -> str | None:
+    """A new directory to write a checkpoint into; returns what went wrong."""
     try:
         for old in scratch.parent.glob(".*.partial"):  # of a run that was killed meanwhile
-            shutil.rmtree(old, ignore_errors=True)
+            discard(old)
         scratch.mkdir(parents=True)
     except OSError as error:
         return f"{error.strerror or error}"
     return None
 
 
-def _write_states(scratch: Path, states: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], str | None]:
-    """The checksums of the files, and what went wrong."""
-    digests: dict[str, str] = {}
-    try:
-        for task, state in states.items():
-            buffer = io.BytesIO()
-            torch.save(dict(state), buffer)
-            write_file(scratch / f"{task}.pt", buffer.getvalue())
-            digests[task] = hashlib.sha256(buffer.getvalue()).hexdigest()
-    except MegapromptError as error:
-        return digests, str(error)
-    return digests, None
+def discard(scratch: Path) -> None:
+    """Delete what will not become a checkpoint."""
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _publish(scratch: Path, target: Path, manifest: Mapping[str, Any]) -> str | None:
-    """Give a complete checkpoint its name, and delete old ones; returns what went wrong."""
+def publish(scratch: Path, target: Path, step: int, files: Mapping[str, str], about: Mapping[str, Any]) -> str | None:
+    """Give a checkpoint that is complete its name, and delete old ones; returns what went wrong.
+
+    Args:
+        files: the checksum of each task's file.
+        about: JSON-ready; `load_checkpoint` gives it back.
+    """
+    manifest = {"format": FORMAT, "step": step, "files": files, "about": about}
     try:
         write_file(scratch / "manifest.json", json.dumps(manifest, indent=1).encode())
         if target.exists():  # the same step again, after a resume
@@ -114,37 +84,46 @@ def _newest_first(directory: Path) -> list[Path]:
 
 
 def load_checkpoint(directory: Path, world: World) -> Checkpoint | None:
-    """The newest checkpoint whose checksums are right, the same on all ranks; None if there is none at all.
+    """The newest checkpoint whose checksums are right, the same on all ranks, which share the work of reading; None if
+    there is none at all.
 
     Raises:
         MegapromptError: all are damaged, or this version cannot read them.
     """
-    found: tuple[Path, dict[str, Any]] | str | None = None
-    for path in _newest_first(directory) if world.is_main else ():
-        try:
-            found = (path, _verified_manifest(path))
-            break
-        except MegapromptError as error:
-            logger.warning("%s; trying an older checkpoint", error)
-            found = f"no checkpoint in {directory} can be used; delete it to train from the start"
-    found = world.gather(found)[0]
-    if isinstance(found, str):
-        raise MegapromptError(found)
-    return None if found is None else Checkpoint(found[0], found[1]["step"], found[1]["about"])
+    paths = world.gather(_newest_first(directory))[0]
+    for path in paths:
+        manifest = world.gather(_manifest(path) if world.is_main else "")[0]
+        found = world.gather(manifest if isinstance(manifest, str) else _damage(path, manifest, world))
+        if not (damage := next(filter(None, found), None)):
+            return Checkpoint(path, manifest["step"], manifest["about"])
+        if world.is_main:
+            logger.warning("%s; trying an older checkpoint", damage)
+    if paths:
+        raise MegapromptError(f"no checkpoint in {directory} can be used; delete it to train from the start")
+    return None
 
 
-def _verified_manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> dict[str, Any] | str:
+    """What stands in the manifest of a checkpoint, or why it cannot be used."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise MegapromptError(f"{path} was written by another version of megaprompt")
-        for task, digest in manifest["files"].items():
+            return f"{path} was written by another version of megaprompt"
+        return {key: manifest[key] for key in ("step", "files", "about")}
+    except (OSError, ValueError, KeyError) as error:
+        return f"{path} is damaged ({error})"
+
+
+def _damage(path: Path, manifest: Mapping[str, Any], world: World) -> str | None:
+    """What is wrong with this rank's share of the files, if anything is."""
+    for task, digest in list(manifest["files"].items())[world.rank :: world.size]:
+        try:
             with (path / f"{task}.pt").open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    raise MegapromptError(f"{path}/{task}.pt is damaged (wrong checksum)")
-    except (OSError, ValueError, KeyError) as error:
-        raise MegapromptError(f"{path} is damaged ({error})") from error
-    return manifest
+                    return f"{path}/{task}.pt is damaged (wrong checksum)"
+        except OSError as error:
+            return f"{path} is damaged ({error})"
+    return None
 
 
 class Parts:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from megaprompt import __version__
-from megaprompt.backbone import Backbone, dtype_of, load_backbone
-from megaprompt.config import PASS_TOKENS, ProbeConfig, RunConfig, SuperGlueConfig
+from megaprompt.backbone import Backbone, dtype_of, is_causal, load_backbone
+from megaprompt.config import AUTO, PASS_TOKENS, ProbeConfig, RunConfig, SuperGlueConfig
 from megaprompt.distributed.deepspeed_config import DeepSpeedSettings, read_deepspeed_config
 from megaprompt.distributed.launch import joined_world
 from megaprompt.distributed.world import World
@@ -29,6 +29,7 @@ from megaprompt.run.checkpoints import Parts
 from megaprompt.run.context import RunContext
 from megaprompt.run.directory import SCHEMA, RunDirectory
 from megaprompt.run.environment import environment
+from megaprompt.run.fitting import settled
 from megaprompt.run.material import Facts, ReadMaterial, SuperGlue
 from megaprompt.run.progress import ProgressFile
 from megaprompt.tasks.lama.questions import AskFor
@@ -75,7 +76,6 @@ def _run(
 def _run_on(
     config: RunConfig, read: ReadMaterial, world: World, status: ProgressFile, given: Backbone | None
 ) -> dict[str, Any]:
-    deepspeed = read_deepspeed_config(config.deepspeed) if config.deepspeed is not None else DeepSpeedSettings()
     material = read()
     run = RunDirectory.open(config) if world.is_main else RunDirectory(config.out)
     results = world.gather(run.read_results() if config.resume else {})[0]
@@ -86,12 +86,19 @@ def _run_on(
         raise MegapromptError(f"--resume: {run.path} was written by another version of megaprompt; start a new run")
     if config.resume:
         status.phase("loading")
+    configuration = config.deepspeed if given is None or config.deepspeed != AUTO else None
+    if configuration == AUTO:
+        templates = list(material.templates(is_causal(config.backbone)).values())
+        configuration, line = settled(config, templates, world, results.get("deepspeed"))
+        logger.info(line)
+    deepspeed = read_deepspeed_config(configuration) if configuration is not None else DeepSpeedSettings()
     load = _loader(config, deepspeed, world) if given is None else lambda _: (given, None)
     backbone, _ = load(False)
     pass_tokens = config.pass_tokens or results.get("pass_tokens") or _pass_tokens(config, backbone, world)
     size = backbone.exact_size(PassSize(config.row_tokens, pass_tokens))
     tasks, methods, ask_for = material.asked_of(backbone)
     results = results or new_results(backbone, tasks, world, data=material.name, ask_for=ask_for)
+    results["deepspeed"] = str(configuration or "none")
     results["pass_tokens"] = pass_tokens  # a run that goes on packs as before, so that it rounds as before
     _check_same_backbone(results, backbone, run)
 

@@ -7,36 +7,27 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, cast
+from contextlib import suppress
+from functools import cached_property
 
-import psutil
 import torch
-from transformers import AutoModelForCausalLM
 
-from megaprompt.backbone import dtype_of, inspect_backbone, read_config
-from megaprompt.backbone.packed import language_model
-from megaprompt.config import PASS_TOKENS, PlanConfig, RunConfig
-from megaprompt.config.options import Dtype
+from megaprompt.backbone import inspect_backbone, is_causal
+from megaprompt.config import AUTO, RunConfig
 from megaprompt.distributed.deepspeed_config import read_deepspeed_config
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.prompt_encoder import number_of_parameters
 from megaprompt.prompting.recipe import RECIPES, chosen
 from megaprompt.prompting.template import Template
-from megaprompt.resources.plan import Plan, arrangement, plan
-from megaprompt.resources.predict import Place
-from megaprompt.resources.profile import Method
 from megaprompt.run.directory import RunDirectory
+from megaprompt.run.fitting import Fitted, Machines, candidates, choose, fitted
 from megaprompt.run.material import Material, ReadMaterial
 
 logger = logging.getLogger(__name__)
 
-_PLACES: tuple[tuple[Place, str], ...] = (("device", "GPU"), ("host", "host"))
 _COPIES = 3  # of a checkpoint on the disk at once, while a new one is written
 
 
@@ -87,16 +78,17 @@ class _Checks:
     def options(self) -> str:
         config = self.config
         recipe = chosen(RECIPES[config.recipe], config.recipe_options())
-        if config.deepspeed is not None:
+        if config.deepspeed not in (None, AUTO):
             read_deepspeed_config(config.deepspeed)
         about = [f"{config.recipe} recipe, batch of {recipe.batch_size}"]
         if config.trains_weights:
             about.append(f"weights of the model are trained as in the paper, at {config.fine_tuning_rate:g}")
-        return ", ".join([*about, str(config.deepspeed or "no ZeRO")])
+        sharding = "ZeRO if the plan says so" if config.deepspeed == AUTO else str(config.deepspeed or "no ZeRO")
+        return ", ".join([*about, sharding])
 
     def backbone(self) -> str:
         self.hidden_size, about = inspect_backbone(self.config.backbone)
-        self.causal = language_model(read_config(self.config.backbone)) is AutoModelForCausalLM
+        self.causal = is_causal(self.config.backbone)
         return about
 
     def data(self) -> str:
@@ -122,79 +114,56 @@ class _Checks:
         except OSError as error:
             raise MegapromptError(f"--out {config.out}: cannot write into {where} ({error.strerror})") from error
         needed = 0
-        for template in self.templates if self.hidden_size and {"p-tuning", "best"} & set(config.columns) else ():
-            parameters = number_of_parameters(template.num_pseudo_tokens, self.hidden_size, config.encoder)
-            # With Adam's two averages, in single precision.
-            needed += _COPIES * 3 * 4 * parameters * _candidates(config)
+        if self.hidden_size and {"p-tuning", "best"} & set(config.columns):
+            # With Adam's two averages, in single precision, of the tasks of one wave.
+            sizes = sorted((3 * 4 * self._parameters(template) for template in self.templates), reverse=True)
+            of_wave = -(-len(sizes) // self._waves())
+            needed = _COPIES * sum(sizes[:of_wave]) * candidates(config)
         free = shutil.disk_usage(where).free
         about = f"{config.out}: {free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.1f} GB"
         if free < needed:
             raise MegapromptError(f"--out {about}; free space, or choose another directory or fewer --relations")
         return about
 
+    def _parameters(self, template: Template) -> int:
+        """Of the encoder of a learned prompt."""
+        return number_of_parameters(template.num_pseudo_tokens, self.hidden_size, self.config.encoder)
+
+    @cached_property
+    def _machines(self) -> Machines | None:
+        return Machines.of_job()
+
+    def _fitted(self) -> tuple[Fitted, str]:
+        """The plans, and a line about them. Only where the machines are known.
+
+        Raises:
+            MegapromptError: nothing fits.
+        """
+        assert self._machines is not None
+        if self.config.deepspeed == AUTO:
+            return choose(self.config, self.templates, self._machines)
+        found = fitted(self.config, self.templates, self._machines, self.config.deepspeed)
+        return found, "; ".join(found.needs())
+
+    def _waves(self) -> int:
+        """In how many waves the tasks are learned; one if that is not known."""
+        with suppress(MegapromptError):  # which the check of memory tells
+            return 1 if self._machines is None else self._fitted()[0].waves
+        return 1
+
     def memory(self) -> str:
-        training: dict[str, Method] = dict.fromkeys(("p-tuning", "best"), "p-tuning")
-        training |= {"autoprompt": "p-tuning"}  # whose search needs no more
-        training |= dict.fromkeys(("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning", "pet"), "fine-tuning")
-        lines = []
-        for method in sorted({training[name] for name in self.config.columns if name in training}):
-            found = _plan_here(self.config, method, self.templates, self.config.deepspeed)
-            needs = [f"{found.total(place) / 1e9:.1f} GB of {what}" for place, what in _PLACES if found.total(place)]
-            lines.append(f"{method}: a rank of {found.ranks} needs {' and '.join(needs)} memory{arrangement(found)}")
-            if not found.fits and not _is_login_node():
-                raise MegapromptError(
-                    f"{lines[-1]}; {found.reasons[0]}; `megaprompt plan` tells which configuration, nodes and GPUs "
-                    f"suffice"
-                )
-            sharded = found.fits and method == "p-tuning" and self.config.deepspeed is not None
-            if sharded and _plan_here(self.config, method, self.templates, None).fits:
-                lines[-1] += "; whole copies of the backbone fit as well and are faster: leave --deepspeed out"
-        if not lines:
+        if self._machines is None:
+            return "judged in the job, where the machines are known (here with GPU_MEMORY and HOST_MEMORY in site.env)"
+        found, about = self._fitted()
+        if self.config.deepspeed == AUTO:
+            return about
+        if "answers" in found.plans:
             return "nothing is trained"
-        return "; ".join(lines) + (" (judged in the job, where the machines are known)" if _is_login_node() else "")
-
-
-def _is_login_node() -> bool:
-    return bool(os.environ.get("MEGAPROMPT_LOGIN_NODE"))  # set by slurm/common.sh where it submits
-
-
-def _candidates(config: RunConfig) -> int:
-    """How many prompts of each task must be learned at once. (`best` takes more where they fit.)"""
-    return (getattr(config, "candidates", None) or 1) if "best" in config.methods else 1
-
-
-def _plan_here(config: RunConfig, method: Method, templates: Sequence[Template], deepspeed: Path | None) -> Plan:
-    """The plan of a run on the machines of this job, or on this machine.
-
-    Args:
-        templates: of the learned prompts, one for each task; the plan is made for the most pseudo tokens.
-        deepspeed: the configuration; None for whole copies of the backbone.
-    """
-    most = max((template.num_pseudo_tokens for template in templates), default=0)
-    ranks = int(os.environ.get("SLURM_NTASKS") or os.environ.get("WORLD_SIZE") or 1)
-    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
-    per_node = -(-ranks // nodes)
-    given = int(os.environ.get("SLURM_MEM_PER_NODE") or 0) << 20
-    host = (given or psutil.virtual_memory().available) / 1e9
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machines: dict[str, Any] = (
-        {"nodes": nodes, "gpus": per_node, "gpu_memory": torch.cuda.mem_get_info()[0] / 1e9, "host_memory": host}
-        if device.type == "cuda"
-        else {"nodes": ranks, "gpus": 0, "host_memory": host / per_node}  # each rank as a node with its share
-    )
-    return plan(
-        PlanConfig(
-            config.backbone,
-            method=method,
-            deepspeed=deepspeed,
-            dtype=config.dtype or cast(Dtype, str(dtype_of(None, device)).removeprefix("torch.")),
-            relations=max(1, len(templates)) * _candidates(config),
-            relation_groups=config.relation_groups,
-            template=f"<{most}>[X][Y]",
-            encoder=config.encoder,
-            row_tokens=config.row_tokens,
-            pass_tokens=config.pass_tokens or PASS_TOKENS,
-            **machines,
-        ),
-        deepspeed,
-    )
+        if not found.fits:
+            raise MegapromptError(
+                f"{about}; {found.reason}; `megaprompt plan` tells which configuration, nodes and GPUs suffice"
+            )
+        sharded = self.config.deepspeed is not None and "fine-tuning" not in found.plans
+        if sharded and fitted(self.config, self.templates, self._machines, None).fits:
+            about += "; whole copies of the backbone fit as well and are faster: leave --deepspeed out"
+        return about

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,17 @@ from megaprompt.console import Update, progress
 from megaprompt.distributed.world import World
 from megaprompt.engine.learner import Learned, name_of
 from megaprompt.engine.trainer import Hooks, Trainer
-from megaprompt.run.checkpoints import load_checkpoint, save_checkpoint
+from megaprompt.run.checkpoint_writer import CheckpointWriter
+from megaprompt.run.checkpoints import load_checkpoint
 from megaprompt.run.directory import RunDirectory
 from megaprompt.run.interruption import stop_signals
 from megaprompt.run.progress import ProgressFile
 
+logger = logging.getLogger(__name__)
+
 _STEPS_OF_WAVE = 10_000_000  # more than any has; the numbers of checkpoints grow from wave to wave
-_CHECKPOINT_SECONDS = 60.0  # between checkpoints, and at least 20 times as long as writing one takes
+_CHECKPOINT_SECONDS = 60.0  # between checkpoints; also twice what one takes, and 20 times what training waits for it
+_ENDING_SECONDS = 10.0  # that a job needs to end, beside what the last checkpoint takes
 
 
 def train_resumably(
@@ -44,20 +50,20 @@ def train_resumably(
         status.epochs(run.read_log())
     status.phase(method)
     log = _Log(run, world, trainer, status)
-    start = saved = time.monotonic()
-    pause = _CHECKPOINT_SECONDS
+    start = time.monotonic()
 
-    def save() -> None:
-        nonlocal saved, pause
-        before = time.monotonic()
-        about: dict[str, Any] = {"seconds": seconds + before - start, "log_size": run.log_size(), "wave": wave}
-        about |= {"training": trainer.shared_state(), "dtype": results["backbone"]["dtype"]}
-        number = (wave - 1) * _STEPS_OF_WAVE + trainer.step
-        save_checkpoint(run.path / "state", world, number, trainer.states(), world.gather(about)[0])
-        saved = time.monotonic()
-        pause = max(_CHECKPOINT_SECONDS, 20 * (saved - before))
+    def about() -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "seconds": seconds + time.monotonic() - start,
+            "log_size": run.log_size(),
+            "wave": wave,
+        }
+        found |= {"training": trainer.shared_state(), "dtype": results["backbone"]["dtype"]}
+        return world.gather(found)[0]
 
-    with log, stop_signals() as should_stop, progress(method, trainer.progress()[1], world.is_main) as update:
+    checkpoints = _Checkpoints(run, world, trainer, about, (wave - 1) * _STEPS_OF_WAVE)
+    shown = progress(method, trainer.progress()[1], world.is_main)
+    with log, checkpoints.writer, stop_signals() as should_stop, shown as update:
 
         def show(done: int, total: int, step: int) -> None:
             update(done, total)
@@ -66,17 +72,70 @@ def train_resumably(
         hooks = Hooks(
             log=log.line,
             progress=show,
-            should_save=lambda: world.is_main and time.monotonic() - saved > pause,
+            should_save=checkpoints.is_due,
             should_stop=should_stop,
-            save=save,
+            save=checkpoints.save,
+            is_writing=lambda: checkpoints.writer.is_writing,
+            written=checkpoints.written,
         )
         learned = trainer.train(hooks)
-        save()
+        checkpoints.save(complete=True)
     results["communication"] = {"steps": log.steps, "sent_bytes_by_rank": world.gather(dict(world.sent))}
     waves = results["timing"].setdefault("seconds_of_waves", {})
     waves[str(wave)] = seconds + time.monotonic() - start
     results["timing"]["training_seconds"] = sum(waves.values())
     return learned
+
+
+class _Checkpoints:
+    """When checkpoints of a training are written. All ranks make the same calls.
+
+    Args:
+        about: what stands in the manifest, the same on all ranks.
+        before: numbers of earlier waves, on top of which steps are counted.
+    """
+
+    def __init__(
+        self, run: RunDirectory, world: World, trainer: Trainer, about: Callable[[], dict[str, Any]], before: int
+    ) -> None:
+        self.writer = CheckpointWriter(run.path / "state", world)
+        self._world, self._trainer, self._about, self._before = world, trainer, about, before
+        self._began = self._waited = 0.0
+        self._next = time.monotonic() + _CHECKPOINT_SECONDS
+
+    def is_due(self) -> bool:
+        return self._world.is_main and not self.writer.is_begun and time.monotonic() > self._next
+
+    def save(self, complete: bool) -> None:
+        """Begin a checkpoint, or write the last one if time suffices: a job may have to end."""
+        self.written()
+        self._began = time.monotonic()
+        states = self._trainer.states()
+        if complete and self._is_too_late(states):
+            return
+        self.writer.save(self._before + self._trainer.step, states, self._about(), complete=complete)
+        self._waited = time.monotonic() - self._began
+
+    def _is_too_late(self, states: Mapping[str, Any]) -> bool:
+        """Whether the job would end before all of a checkpoint is written; the one before has its name already."""
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        left = int(end) - time.time() - _ENDING_SECONDS if end.isdecimal() else float("inf")
+        seconds, left = self.writer.seconds_for(states), min(self._world.gather(left))
+        if late := seconds > left:
+            logger.warning(
+                "a checkpoint would take %.0f s, and the job has %.0f s left: what was done since the last one will be "
+                "done again; give more time with --signal in the script",
+                seconds,
+                max(0.0, left),
+            )
+        return late
+
+    def written(self) -> None:
+        """Give the checkpoint that was begun its name, if there is one."""
+        if self.writer.is_begun:
+            self.writer.finish()
+            now = time.monotonic()
+            self._next = now + max(_CHECKPOINT_SECONDS, 2 * (now - self._began), 20 * self._waited)
 
 
 def _restore(trainer: Trainer, run: RunDirectory, world: World, wave: int) -> float:

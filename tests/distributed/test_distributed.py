@@ -86,6 +86,34 @@ def test_same_prompts_on_any_number_of_ranks_and_groups(alone, tmp_path, ranks, 
     assert all(bool(rank.get("gradients")) == (groups < ranks) for rank in sent)  # none where nobody shares relations
 
 
+NO_WHOLE_COPIES = """
+import sys
+from megaprompt.cli import main
+from megaprompt.run import fitting
+fitted = fitting.fitted
+
+def without_memory(config, templates, machines, deepspeed):
+    return fitted(config, templates, machines if deepspeed else machines._replace(host_memory=0.1), deepspeed)
+
+fitting.fitted = without_memory
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_auto_shards_where_whole_copies_do_not_fit(backbone_directory, data_directory, tmp_path):
+    options = ("--backbone", backbone_directory, "--data", data_directory, "--learning-rate", 3e-3, "--max-steps", 4)
+    assert run_cli("probe", *options, "--out", tmp_path / "alone").returncode == 0
+    (tmp_path / "main.py").write_text(NO_WHOLE_COPIES)
+    command = (*torchrun(2), tmp_path / "main.py", "probe", *options, "--deepspeed", "auto", "--out", tmp_path / "run")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=ROOT
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "--deepspeed auto takes zero3, since whole copies would be too large" in finished.stderr
+    assert assert_same_run(tmp_path / "alone", tmp_path / "run")["deepspeed"] == "ds_configs/zero3.json"
+
+
 def test_the_same_is_chosen_on_ranks_and_groups(backbone_directory, data_directory, tmp_path):
     """Candidates of one relation are in different groups, and are dropped by what all ranks know."""
     options = ("--backbone", backbone_directory, "--data", data_directory, "--methods", "best", "--learning-rate", 3e-3)
@@ -137,6 +165,42 @@ def test_half_precision_learns_about_the_same(alone, tmp_path, precision, tolera
         assert other["skipped_steps"] <= 4
         assert other["train_loss"] == pytest.approx(one["train_loss"], rel=tolerance)
         assert other["train_loss"] != one["train_loss"]  # it was computed in another precision
+
+
+CHECKPOINTS = """
+import sys, torch
+from pathlib import Path
+from megaprompt.distributed.launch import joined_world
+from megaprompt.errors import MegapromptError
+from megaprompt.run.checkpoint_writer import CheckpointWriter
+from megaprompt.run.checkpoints import load_checkpoint
+
+with joined_world() as world, CheckpointWriter(Path(sys.argv[1]), world) as writer:
+    state = {"weight": torch.full((1000,), float(world.rank))}
+    writer.save(1, {f"P{world.rank}": state}, {"step": 1})
+    writer.finish()
+    writer.save(2, {f"P{world.rank}": state} | ({"no/such": state} if world.rank else {}), {"step": 2})
+    try:
+        writer.finish()
+    except MegapromptError as error:
+        assert "No such file" in str(error)
+    else:
+        raise AssertionError
+    found = load_checkpoint(Path(sys.argv[1]), world)
+    assert (found.step, found.about) == (1, {"step": 1})
+    assert [found.read(f"P{rank}")["weight"][0] for rank in range(2)] == [0, 1]
+"""
+
+
+def test_every_rank_writes_its_part_and_all_know_of_a_failure(tmp_path):
+    (tmp_path / "main.py").write_text(CHECKPOINTS)
+    command = (*torchrun(2), tmp_path / "main.py", tmp_path / "state")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-00000001"]
 
 
 def test_resuming_on_another_number_of_ranks(alone, tmp_path):

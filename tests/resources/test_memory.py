@@ -263,3 +263,24 @@ def test_measured_as_predicted_and_out_of_memory_is_a_result(tmp_path, monkeypat
     (tmp_path / "memory.json").write_text((limited / "memory.json").read_text())
     assert main(["memory", "--out", str(tmp_path), "--collect"]) == 0
     assert len(json.loads((tmp_path / "memory.json").read_text())) == 4
+
+
+def test_what_cannot_be_tried_is_predicted_and_marked(tmp_path, monkeypatch):
+    """Fine-tuning of 11B on a small machine: the plan's verdict with its gigabytes, without an attempt."""
+    monkeypatch.setattr("megaprompt.resources.measure._predicted", lambda case, *_: {"optimizer": 176e9 / case.ranks})
+    monkeypatch.setattr("megaprompt.resources.measure._run", lambda *_: pytest.fail("it was tried"))
+    command = ["memory", "--backbones", "megatron-11b", "--methods", "fine-tuning", "--deepspeed", "none"]
+    command += ["--memory-limit", "24", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert "| 176.00 | not tried; plan: out of memory at 24.0 |" in (tmp_path / "memory.md").read_text()
+    assert (tmp_path / "memory.png").stat().st_size > 5000
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "8")
+    assert main([*command, "--ranks", "8"]) == 0
+    assert "| 22.00 | not tried; plan: fits 24.0 |" in (tmp_path / "memory.md").read_text()
+    assert "there are 4 ranks" in (tmp_path / "memory.json").read_text()
+    monkeypatch.delenv("SLURM_NTASKS")
+    monkeypatch.setattr("megaprompt.resources.measure._run", lambda *_: {"out_of_memory": {}})
+    assert main([*command[:-4], "--memory-limit", "150", "--out", str(tmp_path)]) == 0  # is tried where there is more
+    assert "| out of memory |" in (tmp_path / "memory.md").read_text()
+    assert json.loads((tmp_path / "memory.json").read_text())[0]["out_of_memory"] == {}
