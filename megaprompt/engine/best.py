@@ -14,10 +14,15 @@ from megaprompt.tasks.objective import Objective
 
 @dataclass
 class Prompt:
-    """What prompts have learned for one task: vectors [pseudo tokens, hidden size], and the head if there is one."""
+    """What prompts have learned for one task: vectors [pseudo tokens, hidden size], and the head if there is one.
+
+    Args:
+        weights: those of the backbone, if they were trained and there was memory for a copy of them.
+    """
 
     vectors: Tensor
     head: dict[str, Tensor] = field(default_factory=dict)
+    weights: list[Tensor] | None = None
 
     def head_for(self, objective: Objective, backbone: Backbone) -> nn.Module | None:
         """The head that was trained with it, if there is one."""
@@ -33,7 +38,7 @@ class Prompt:
 class Learned:
     """What training found for one task."""
 
-    kept: Any  # of the epoch that was best on dev; None if there was none
+    kept: Prompt | None  # of the epoch that was best on dev; None if there was none
     epochs: int  # that were trained
     best_epoch: int
     dev: dict[str, float]  # scores on dev of what was kept
@@ -56,7 +61,7 @@ class Best:
     together: tuple[str, ...]
     scores: dict[str, float] = field(default_factory=dict)
     epoch: int = 0
-    kept: Any = None
+    kept: Prompt | None = None
     stale: int = 0  # how often dev was scored since the first score got better
 
     @classmethod
@@ -65,7 +70,11 @@ class Best:
         return cls(objective.deciding(examples), objective.selects[0], objective.together)
 
     def take(
-        self, scores: Mapping[str, float], epoch: int, keep: Callable[[], Any], ties: Literal["worse", "kept", "better"]
+        self,
+        scores: Mapping[str, float],
+        epoch: int,
+        keep: Callable[[], Prompt],
+        ties: Literal["worse", "kept", "better"],
     ) -> bool:
         """Whether these scores are better; if so, they are taken, with what `keep` gives.
 
@@ -88,7 +97,7 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs."""
-        kept = vars(self.kept) if isinstance(self.kept, Prompt) else None
+        kept = None if self.kept is None else vars(self.kept)
         return {"scores": self.scores, "epoch": self.epoch, "kept": kept, "stale": self.stale}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from megaprompt.backbone import Backbone
 from megaprompt.distributed.loss_scale import NO_SCALING, LossScale
 from megaprompt.distributed.world import World
 from megaprompt.engine.halving import Halving
-from megaprompt.engine.learner import Learned, Learner, TrainingSet, name_of
+from megaprompt.engine.learner import Learned, Learner, Prompt, TrainingSet, name_of
 from megaprompt.engine.passes import Workplace, with_trunks
 from megaprompt.engine.schedule import assign
 from megaprompt.engine.step import score_dev, train_step
@@ -34,6 +34,8 @@ from megaprompt.prompting.prompt_encoder import EncoderKind
 from megaprompt.prompting.recipe import Recipe
 
 logger = logging.getLogger(__name__)
+
+_WEIGHTS = "weights"  # beside the names of tasks
 
 
 @dataclass
@@ -89,7 +91,7 @@ class Trainer:
         loss_scale: LossScale = NO_SCALING,
         rungs: Mapping[int, int] | None = None,
         weights: Weights | None = None,
-        keep: Callable[[Learner], Any] = Learner.prompt,
+        keep: Callable[[Learner], Prompt] = Learner.prompt,
         trunk_bytes: int | None = None,
     ) -> None:
         if groups > len(data):
@@ -180,17 +182,28 @@ class Trainer:
         ends = [self.stopped_after.get(name, steps) for name, steps in self._steps.items()]
         return sum(min(self.step, end) for end in ends) * self._batch_size, sum(ends) * self._batch_size
 
+    @property
+    def can_be_saved(self) -> bool:
+        """Whether `states` has everything: weights that are trained are whole, and so is the copy of the best."""
+        best = self.learners[0].best.kept if self.weights is not None else None
+        return self.weights is None or not (self.weights.sharded or (best is not None and best.weights is None))
+
     def states(self) -> dict[str, dict[str, Any]]:
-        """What each task of this group needs to go on exactly; empty on all but one replica of the group."""
-        return {each.data.name: each.state() for each in self.learners} if self.at.world.rank == 0 else {}
+        """What each task of this group, and weights, need to go on exactly; of one replica of the group only."""
+        if self.at.world.rank > 0:
+            return {}
+        states = {each.data.name: each.state() for each in self.learners}
+        return states | ({} if self.weights is None else {_WEIGHTS: self.weights.state()})
 
     def shared_state(self) -> dict[str, Any]:
         """What else `restore` needs, the same on all ranks; ready for JSON."""
         return {"step": self.step, "stopped_after": self.stopped_after, "best": self._halving.best}
 
     def restore(self, shared: Mapping[str, Any], read: Callable[[str], dict[str, Any]]) -> None:
-        """Go on from a `shared_state`, on any number of ranks and groups; `read` gives the state of one task."""
+        """Go on from a `shared_state`, on any number of ranks and groups; `read` gives one of the `states`."""
         self.step, self.stopped_after = shared["step"], dict(shared["stopped_after"])
         self._halving.best = dict(shared["best"])
         for learner in self.learners:
             learner.restore(read(learner.data.name))
+        if self.weights is not None:
+            self.weights.restore(read(_WEIGHTS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,11 +98,28 @@ class Weights:
         self.optimizer.zero_grad(set_to_none=True)
         return False
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank has a part of them only."""
+        return self.engine is not None
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs to go on exactly, of weights that are not sharded; not copied."""
+        return {
+            "parameters": [parameter.detach() for parameter in self.backbone.parameters()],
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.put_back(state["parameters"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
     def copy(self) -> list[Tensor] | None:
         """The weights as they are, on the CPU; None if they are sharded, or a rank has too little memory for it. All
         ranks must call it."""
         size = sum(parameter.nbytes for parameter in self.backbone.parameters())
-        short = self.engine is not None or psutil.virtual_memory().available < 2 * size * self.world.size
+        short = self.sharded or psutil.virtual_memory().available < 2 * size * self.world.size
         if self.world.max_(torch.tensor(int(short)), "schedule"):
             return None
         return [parameter.detach().to("cpu", copy=True) for parameter in self.backbone.parameters()]

@@ -70,7 +70,7 @@ class AutoPrompt:
             given = {text for example in task.examples["train"] for text in (example.answer, *example.candidates)}
             words = sorted(token for text in given for token in task.encoder.encode(f" {text}", False))
             at = context.at(task)
-            with context.train_one("autoprompt", task, should_stop, unit="steps") as hooks:
+            with context.train_one("autoprompt", task, should_stop) as hooks:
                 found = search(at, data, self.search, answers_of_train=words, seed=context.seed, hooks=hooks)
             test = filled(task.instances("test", template), found.tokens)
             row = context.row(task, template, found.dev, tokens=found.tokens, steps=found.step)

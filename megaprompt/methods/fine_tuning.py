@@ -9,11 +9,10 @@ On LAMA (the paper's Table 2, FT and MP+FT) there is no dropout, unlike in the p
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import Any
 
 from megaprompt.backbone import Backbone
 from megaprompt.engine.best import Prompt
@@ -107,14 +106,6 @@ def evidence_of(task: Task, dev: Mapping[str, float]) -> list[float]:
     return task.objective.evidence(dev, len(task.examples["dev"])) if dev else []
 
 
-class _Kept(NamedTuple):
-    """Of the best model on dev: what was trained beside it, and its weights, or where there is no copy its answers."""
-
-    prompt: Prompt
-    weights: list[Tensor] | None
-    answers: Answers | None
-
-
 @dataclass(frozen=True)
 class _OneTask:
     """What is learned of one task, by one recipe or several."""
@@ -135,10 +126,13 @@ class _OneTask:
         with context.trainable_backbone() as (backbone, deepspeed):
             weights = Weights(backbone, tuning.weights, context.world, deepspeed)
 
-            def keep(learner: Learner) -> _Kept:
-                copy = weights.copy()
-                found = self._answers(trainer, test, learner.prompt(), backbone) if copy is None else None
-                return _Kept(learner.prompt(), copy, found)
+            said: Answers | None = None  # on test, of the best on dev, where there is no copy of its weights
+
+            def keep(learner: Learner) -> Prompt:
+                nonlocal said
+                prompt = dataclasses.replace(learner.prompt(), weights=weights.copy())
+                said = self._answers(trainer, test, prompt, backbone) if prompt.weights is None else None
+                return prompt
 
             trainer = Trainer(
                 backbone,
@@ -151,14 +145,11 @@ class _OneTask:
                 weights=weights,
                 keep=keep,
             )
-            with context.train_one(
-                self.method.column, task, self.should_stop, objective.items, candidate=candidate
-            ) as hooks:
+            with context.train_one(self.method.column, task, self.should_stop, candidate, trainer) as hooks:
                 found = trainer.train(hooks)[data.name]
-            said = None if found.kept is None else found.kept.answers
             if found.kept is not None and found.kept.weights is not None:
                 weights.put_back(found.kept.weights)
-                said = self._answers(trainer, test, found.kept.prompt, backbone)
+                said = self._answers(trainer, test, found.kept, backbone)
         return {"dev": found.dev, "epochs": found.epochs, "diverged": found.diverged, "answers": said}
 
     def _answers(self, trainer: Trainer, test: list[Instance], prompt: Prompt, backbone: Backbone) -> Answers:

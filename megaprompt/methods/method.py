@@ -114,9 +114,10 @@ class Context(Protocol):
         call of its own, after the one before has been scored."""
 
     def train_one(
-        self, method: str, task: Task, should_stop: ShouldStop, unit: str = "examples", candidate: str = ""
+        self, method: str, task: Task, should_stop: ShouldStop, candidate: str = "", trainer: Trainer | None = None
     ) -> AbstractContextManager[Hooks]:
-        """Log and progress of a method that trains one task, or candidate, after the other, each from its start."""
+        """Log and progress of a method that trains one task, or candidate, after the other: each from its start, or, if
+        there is a trainer, with checkpoints, and on from where a stopped run was."""
 
     def save_prompt(
         self, method: str, task: Task, template: Template, dev: Scores, *, before: str = "", kept: Prompt | None = None

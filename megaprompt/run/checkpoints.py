@@ -135,6 +135,14 @@ class Parts:
     def __init__(self, run: Path, world: World) -> None:
         self._directory, self._world = run / "state" / "parts", world
 
+    def training(self, name: str) -> Path:
+        """A directory for checkpoints of one of several trainings; those of others, which are over, are deleted."""
+        directory = self._directory / "training" / name.replace("/", "-")
+        if self._world.is_main:
+            for other in set(directory.parent.glob("*")) - {directory}:
+                shutil.rmtree(other, ignore_errors=True)
+        return directory
+
     def once(self, name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was found the first time, tensors and JSON-ready values.
 

@@ -160,16 +160,16 @@ class RunContext:
         self.results["methods"][column] = {"relations": rows, **summarize(rows, list(self.results["metrics"]))}
 
     def train(self, method: str, trainer: Trainer, wave: int = 1) -> dict[str, Learned]:
-        where = (self.run, self.world, self.status, self.results, self.resume)
-        return train_resumably(method, trainer, *where, wave=wave)
+        return train_resumably(method, trainer, self.run, self.world, self.status, self.results, self.resume, wave)
 
     def train_one(
-        self, method: str, task: Task, should_stop: ShouldStop, unit: str = "examples", candidate: str = ""
+        self, method: str, task: Task, should_stop: ShouldStop, candidate: str = "", trainer: Trainer | None = None
     ) -> AbstractContextManager[Hooks]:
         place = f"{list(self.tasks).index(task.name) + 1} of {len(self.tasks)}{', ' * bool(candidate)}{candidate}"
+        unit = "steps" if trainer is None else task.objective.items
         shown = progress(f"{method} {task.name} ({place})", len(task.examples["train"]), self.world.is_main, unit)
         about = (method, task.name, candidate)
-        return one_after_the_other(about, shown, should_stop, self.run, self.world, self.status)
+        return one_after_the_other(about, shown, should_stop, self.run, self.world, self.status, trainer)
 
     def save_prompt(
         self, method: str, task: Task, template: Template, dev: Scores, *, before: str = "", kept: Prompt | None = None

@@ -10,12 +10,14 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megaprompt.console import Update, progress
 from megaprompt.distributed.world import World
 from megaprompt.engine.learner import Learned, name_of
 from megaprompt.engine.trainer import Hooks, Trainer
 from megaprompt.run.checkpoint_writer import CheckpointWriter
-from megaprompt.run.checkpoints import load_checkpoint
+from megaprompt.run.checkpoints import Checkpoint, Parts, load_checkpoint
 from megaprompt.run.directory import RunDirectory
 from megaprompt.run.interruption import stop_signals
 from megaprompt.run.progress import ProgressFile
@@ -61,7 +63,7 @@ def train_resumably(
         found |= {"training": trainer.shared_state(), "dtype": results["backbone"]["dtype"]}
         return world.gather(found)[0]
 
-    checkpoints = _Checkpoints(run, world, trainer, about, (wave - 1) * _STEPS_OF_WAVE)
+    checkpoints = _Checkpoints(run.path / "state", world, trainer, about, (wave - 1) * _STEPS_OF_WAVE)
     shown = progress(method, trainer.progress()[1], world.is_main)
     with log, checkpoints.writer, stop_signals() as should_stop, shown as update:
 
@@ -69,16 +71,7 @@ def train_resumably(
             update(done, total)
             status.facts(done, total, step)
 
-        hooks = Hooks(
-            log=log.line,
-            progress=show,
-            should_save=checkpoints.is_due,
-            should_stop=should_stop,
-            save=checkpoints.save,
-            is_writing=lambda: checkpoints.writer.is_writing,
-            written=checkpoints.written,
-        )
-        learned = trainer.train(hooks)
+        learned = trainer.train(checkpoints.hooks(log=log.line, progress=show, should_stop=should_stop))
         checkpoints.save(complete=True)
     results["communication"] = {"steps": log.steps, "sent_bytes_by_rank": world.gather(dict(world.sent))}
     waves = results["timing"].setdefault("seconds_of_waves", {})
@@ -96,19 +89,35 @@ class _Checkpoints:
     """
 
     def __init__(
-        self, run: RunDirectory, world: World, trainer: Trainer, about: Callable[[], dict[str, Any]], before: int
+        self, directory: Path, world: World, trainer: Trainer, about: Callable[[], dict[str, Any]], before: int = 0
     ) -> None:
-        self.writer = CheckpointWriter(run.path / "state", world)
+        self.writer = CheckpointWriter(directory, world)
         self._world, self._trainer, self._about, self._before = world, trainer, about, before
         self._began = self._waited = 0.0
         self._next = time.monotonic() + _CHECKPOINT_SECONDS
 
+    def hooks(self, **others: Any) -> Hooks:
+        """With which a trainer calls for checkpoints."""
+        return Hooks(
+            should_save=self.is_due,
+            save=self.save,
+            is_writing=lambda: self.writer.is_writing,
+            written=self.written,
+            **others,
+        )
+
     def is_due(self) -> bool:
-        return self._world.is_main and not self.writer.is_begun and time.monotonic() > self._next
+        """Whether it is time for one, on this rank."""
+        idle = self._world.is_main and self._trainer.can_be_saved and not self.writer.is_begun
+        return idle and time.monotonic() > self._next
 
     def save(self, complete: bool) -> None:
         """Begin a checkpoint, or write the last one if time suffices: a job may have to end."""
         self.written()
+        if not self._trainer.can_be_saved:
+            if self._world.is_main:
+                logger.warning("the weights are sharded, or have no room for a copy: --resume begins this task anew")
+            return
         self._began = time.monotonic()
         states = self._trainer.states()
         if complete and self._is_too_late(states):
@@ -145,10 +154,15 @@ def _restore(trainer: Trainer, run: RunDirectory, world: World, wave: int) -> fl
         if world.is_main:
             run.forget_training(trainer.tasks)
         return 0.0
+    _go_on(trainer, checkpoint, run, world)
+    return checkpoint.about["seconds"]
+
+
+def _go_on(trainer: Trainer, checkpoint: Checkpoint, run: RunDirectory, world: World) -> None:
+    """Take a checkpoint, and forget lines of the log that came after it."""
     trainer.restore(checkpoint.about["training"], checkpoint.read)
     if world.is_main:
         run.truncate_log(checkpoint.about["log_size"])
-    return checkpoint.about["seconds"]
 
 
 @contextmanager
@@ -159,13 +173,16 @@ def one_after_the_other(
     run: RunDirectory,
     world: World,
     status: ProgressFile,
+    trainer: Trainer | None = None,
 ) -> Iterator[Hooks]:
-    """Log and progress of a method that trains one task, or candidate, after the other, each from its start.
+    """Log and progress of a method that trains one task, or candidate, after the other.
 
     Args:
         about: the method, the task, and the candidate's name if there are several.
+        trainer: what goes on from its newest checkpoint, and is saved now and then; each starts anew without.
     """
-    if world.is_main:
+    directory = Parts(run.path, world).training(".".join(filter(None, about)))
+    if not (trainer is not None and _restored(trainer, directory, run, world)) and world.is_main:
         run.forget(*about)
     with shown as update:
 
@@ -177,7 +194,27 @@ def one_after_the_other(
             update(done, total)
             status.facts(done, total, step)
 
-        yield Hooks(log=log, progress=show, should_stop=should_stop)
+        if trainer is None:
+            yield Hooks(log=log, progress=show, should_stop=should_stop)
+            return
+
+        def state() -> dict[str, Any]:
+            return world.gather({"log_size": run.log_size(), "training": trainer.shared_state()})[0]
+
+        checkpoints = _Checkpoints(directory, world, trainer, state)
+        with checkpoints.writer:
+            yield checkpoints.hooks(log=log, progress=show, should_stop=should_stop)
+            if world.max_(torch.tensor(int(checkpoints.is_due())), "schedule"):  # answers on test are still to come
+                checkpoints.save(complete=True)
+
+
+def _restored(trainer: Trainer, directory: Path, run: RunDirectory, world: World) -> bool:
+    """Let a trainer go on from the newest checkpoint, with its log; whether there is one."""
+    checkpoint = load_checkpoint(directory, world)
+    if checkpoint is None:
+        return False
+    _go_on(trainer, checkpoint, run, world)
+    return True
 
 
 class _Log:

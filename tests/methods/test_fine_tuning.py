@@ -135,7 +135,7 @@ def test_half_precision_needs_float32_copies(config, tmp_path, more):
     assert not config.out.exists()
 
 
-def test_interrupted_fine_tuning_goes_on_with_the_next_relation(config, tmp_path, monkeypatch):
+def test_interrupted_fine_tuning_goes_on_with_the_next_step(config, tmp_path, monkeypatch):
     whole = probe(replace(config, out=tmp_path / "whole"))
     train = Trainer.train
 
@@ -149,17 +149,18 @@ def test_interrupted_fine_tuning_goes_on_with_the_next_relation(config, tmp_path
         probe(config)
     saved = json.loads((config.out / "results.json").read_text())
     assert list(saved["unfinished"]["fine-tuning"]) == [first]
-    trained = []
+    begun = []
 
     def noted(self, *args):
-        trained.append(self.learners[0].data.task)
+        begun.append((self.learners[0].data.task, self.step))
         return train(self, *args)
 
     monkeypatch.setattr(Trainer, "train", noted)
     resumed = probe(replace(config, resume=True))
-    assert trained == [second]
+    assert begun == [(second, 5)]
     assert resumed["methods"]["fine-tuning"]["relations"] == whole["methods"]["fine-tuning"]["relations"]
     assert losses(config.out) == losses(tmp_path / "whole")  # no line of the log twice
+    assert not (config.out / "state" / "parts").exists()  # the weights need not be kept any longer
 
 
 @pytest.fixture(scope="module")

@@ -186,7 +186,7 @@ def test_an_interrupted_run_goes_on_exactly(superglue, tmp_path, monkeypatch, ta
     with stopped_soon(monkeypatch):
         assert superglue(*chosen) == 130
     if "--search" in methods:
-        assert len(list((tmp_path / "run" / "state" / "parts").rglob("*.pt"))) == 2
+        assert len(list((tmp_path / "run" / "state" / "parts" / "p-tuning+fine-tuning").rglob("*.pt"))) == 2
     assert main(["superglue", "--resume", "--out", str(tmp_path / "run")]) == 0
     whole, resumed = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole", "run"))
     assert resumed["methods"] == whole["methods"]
