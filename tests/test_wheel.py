@@ -49,6 +49,12 @@ def installed(tmp_path_factory):
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
+    installed_files, own_files = (
+        {path.relative_to(top) for path in (top / "megaprompt").rglob("*") if path.is_file()}
+        for top in (packages, ROOT)
+    )
+    missing = {path for path in own_files - installed_files if "__pycache__" not in path.parts}
+    assert not missing, "setup.py names what is no Python"
     where = "import megaprompt; print(megaprompt.__file__)"
     found = subprocess.run([python, "-P", "-c", where], cwd=place, env={}, capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()).is_relative_to(packages)

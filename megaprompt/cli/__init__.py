@@ -18,10 +18,10 @@ from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 
 import megaprompt
 from megaprompt.cli.data import data
+from megaprompt.cli.scores import evaluate, rerun
 from megaprompt.config import (
     AskConfig,
     ConvertConfig,
-    EvaluateConfig,
     ExportConfig,
     MemoryConfig,
     PlanConfig,
@@ -45,6 +45,8 @@ app = App(
     **READING,
 )
 app.command(data)
+app.command(evaluate)
+app.command(rerun)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -144,40 +146,6 @@ def _run(config: Any, read: Callable[[], Any], job: Callable[..., dict[str, Any]
     if world.is_main:
         show(summary_table(results))
         print(f"results  {config.out / 'results.json'}\nreport   {config.out / 'report.html'}")
-
-
-@app.command
-def evaluate(config: EvaluateConfig) -> None:
-    """Score saved prompts on facts."""
-    from rich.table import Table
-
-    from megaprompt.files import write_file
-    from megaprompt.report.html import write_report
-    from megaprompt.report.runs import beside
-    from megaprompt.run.ask import evaluate, evaluate_all
-
-    scores = evaluate_all(config) if config.report else evaluate(config)
-    if config.out is not None:
-        write_file(config.out, json.dumps(scores, indent=1, ensure_ascii=False).encode() + b"\n")
-    table = Table(title=f"{scores['data']}, {scores['split']}, among {scores['vocabulary']}")
-    labels = any(beside(name, row["label"]) for name, row in scores.get("relations", {}).items())
-    names = ("method", "relations") if config.report else ("relation", *["label"] * labels, "facts")
-    for column in (*names, "P@1", "P@10", "MRR"):
-        table.add_column(column, justify="left" if column in ("method", "relation", "label") else "right")
-    for method, found in scores.get("methods", {}).items():
-        table.add_row(method, str(found["macro"]["relations"]), *_percents(found["macro"]))
-    for name, row in scores.get("relations", {}).items():
-        table.add_row(name, *[beside(name, row["label"])] * labels, str(row["facts"]), *_percents(row))
-    table.add_section()
-    for name in () if config.report else ("macro", "micro"):
-        table.add_row(name, *[""] * labels, "", *_percents(scores[name]))
-    show(table)
-    if config.report:
-        print(write_report(config.prompts))
-
-
-def _percents(row: dict[str, Any]) -> list[str]:
-    return [f"{100 * row['p_at_1']:.1f}", f"{100 * row['p_at_10']:.1f}", f"{row['mrr']:.3f}"]
 
 
 @app.command

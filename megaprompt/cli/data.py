@@ -8,9 +8,14 @@ from pathlib import Path
 from cyclopts import App
 
 from megaprompt.config import CountConfig, FetchConfig, VocabularyConfig
+from megaprompt.config.options import READING
 from megaprompt.console import show
 
-data = App(name="data", help="Fetch published facts, make a vocabulary that several models share, count facts.")
+data = App(
+    name="data",
+    help="Fetch published facts, make a vocabulary that several models share, count facts.",
+    default_parameter=READING["default_parameter"],
+)
 
 
 @data.command

@@ -8,7 +8,7 @@ from megaprompt.config.machines import MemoryConfig, PlanConfig
 from megaprompt.config.options import PASS_TOKENS, ROW_TOKENS, from_yaml, read_yaml, to_yaml
 from megaprompt.config.probe import ProbeConfig
 from megaprompt.config.run import RunConfig
-from megaprompt.config.runs import AskConfig, EvaluateConfig, ExportConfig, ReportConfig, StatusConfig
+from megaprompt.config.runs import AskConfig, EvaluateConfig, ExportConfig, ReportConfig, RerunConfig, StatusConfig
 from megaprompt.config.shipped import AUTO, find_configuration, shipped_configurations
 from megaprompt.config.superglue import SUPERGLUE_TASKS, SuperGlueConfig
 
@@ -27,6 +27,7 @@ __all__ = [
     "PlanConfig",
     "ProbeConfig",
     "ReportConfig",
+    "RerunConfig",
     "RunConfig",
     "StatusConfig",
     "SuperGlueConfig",

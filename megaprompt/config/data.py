@@ -70,7 +70,7 @@ class ConvertConfig:
     """Convert a fairseq checkpoint, such as Megatron 11B, into a directory for --backbone, or back."""
 
     source: Path = field(kw_only=False)
-    """The directory with the checkpoint's parts (*-model_part-N.pt, or model.pt), dict.txt, encoder.json and
+    """The directory with the checkpoint's parts (model-model_part-N.pt, or model.pt), dict.txt, encoder.json and
     vocab.bpe."""
     out: Path = field(kw_only=False)
     """A directory to write. It must not exist."""

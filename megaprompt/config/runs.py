@@ -8,7 +8,7 @@ from typing import Literal
 
 from cyclopts import Parameter
 
-from megaprompt.config.options import Dtype, OptionalNames, Whole, WholeOrNone, above_zero
+from megaprompt.config.options import Dtype, Flag, OptionalNames, Whole, WholeOrNone, above_zero
 from megaprompt.errors import UsageError
 
 
@@ -18,7 +18,7 @@ class EvaluateConfig:
     """Score saved prompts on facts."""
 
     prompts: Path
-    """A run, or a directory of *.safetensors prompts."""
+    """A run, or a directory of prompts (.safetensors)."""
     method: str | None = None
     """Whose prompts of the run: best, p-tuning, in-context, best-manual, manual. If not given: the first of these that
     the run has."""
@@ -59,7 +59,7 @@ class AskConfig:
     subject: str = field(kw_only=False)
     """What to ask about, such as "Denmark"."""
     prompts: Path
-    """A run, or a directory of *.safetensors prompts."""
+    """A run, or a directory of prompts (.safetensors)."""
     relation: str | None = None
     """Wikidata id, such as P36; may be left out if there is only one prompt."""
     top: Whole = 5
@@ -90,7 +90,7 @@ class ExportConfig:
     """Write prompts so that others can use them without megaprompt."""
 
     prompts: Path
-    """A run, or a directory of *.safetensors prompts."""
+    """A run, or a directory of prompts (.safetensors)."""
     to: Literal["transformers", "peft"] = "transformers"
     """transformers: a directory with the vectors, and a script that asks with transformers alone; for every template.
     peft: an adapter for PeftModel.from_pretrained; where all pseudo tokens stand before the subject."""
@@ -116,6 +116,20 @@ class ReportConfig:
     (step-500, ...) gets a report over the steps."""
     out: Path | None = None
     """Directory to write the report into. If not given: that of the run, or runs/report for several."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RerunConfig:
+    """Repeat a run with the options that it was given, and tell whether the same comes out. Files that options name are
+    read again, from the directory in which the command is given."""
+
+    run: Path = field(kw_only=False)
+    """The directory of a complete run."""
+    out: Path
+    """Directory of the new run. It must not hold another run."""
+    resume: Flag = False
+    """Continue the interrupted rerun in the directory --out."""
 
 
 @Parameter(name="*")

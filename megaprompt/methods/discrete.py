@@ -40,9 +40,8 @@ def read_discrete_prompts(
         UsageError: there are none, or one is no template, or has pseudo tokens.
         MegapromptError: a file cannot be read.
     """
-    paths = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     found: dict[str, list[DiscretePrompt]] = {}
-    for file in paths:
+    for file in prompt_files(path):
         for number, row in read_jsonl(file, required=("template",)):
             try:
                 template = Template.parse(row["template"], fields)
@@ -55,6 +54,11 @@ def read_discrete_prompts(
     if not found:
         raise UsageError(f"--{option} {path}: holds no prompts; give a .jsonl file, or a directory of such files")
     return found
+
+
+def prompt_files(path: Path) -> list[Path]:
+    """The files of a directory of prompts, or the one that is given."""
+    return sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
 
 
 def usable_prompts(prompts: Sequence[DiscretePrompt], fits: Callable[[str], bool]) -> list[DiscretePrompt]:

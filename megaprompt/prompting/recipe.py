@@ -79,7 +79,7 @@ RECIPES = {
         among_allowed=True,
     ),
 }
-"""`paper` does what the code of the paper does; `fast` was chosen on dev (see the README)."""
+"""`paper` does what the code of the paper does; `fast` was chosen on dev (see docs/asking.md)."""
 
 
 def chosen(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:

@@ -8,7 +8,7 @@
   copies; all of it shared among the ranks under ZeRO-3. See ZeRO (arXiv 1910.02054), section 3.1.
 - Keys and values of constant text (`engine.trunks`) are not counted: they take no more than what plans leave free.
 
-`measure` measures the same; the README tells how well they agree.
+`measure` measures the same; docs/memory.md tells how well they agree.
 """
 
 from __future__ import annotations

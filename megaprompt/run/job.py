@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from megaprompt.run.directory import SCHEMA, RunDirectory
 from megaprompt.run.environment import environment
 from megaprompt.run.fitting import settled
 from megaprompt.run.material import Facts, ReadMaterial, SuperGlue
+from megaprompt.run.origin import check_same_files, command_line, digest_of_examples, digests, seeds
 from megaprompt.run.progress import ProgressFile
 from megaprompt.tasks.lama.questions import AskFor
 from megaprompt.tasks.task import SPLITS, Task
@@ -84,6 +86,7 @@ def _run_on(
         return results
     if results and results.get("schema") != SCHEMA:
         raise MegapromptError(f"--resume: {run.path} was written by another version of megaprompt; start a new run")
+    files = digests(material.files() if world.is_main else (), Path(config.data))
     if config.resume:
         status.phase("loading")
     configuration = config.deepspeed if given is None or config.deepspeed != AUTO else None
@@ -97,8 +100,13 @@ def _run_on(
     pass_tokens = config.pass_tokens or results.get("pass_tokens") or _pass_tokens(config, backbone, world)
     size = backbone.exact_size(PassSize(config.row_tokens, pass_tokens))
     tasks, methods, ask_for = material.asked_of(backbone)
+    if results and world.is_main:
+        check_same_files(results["data"], files, run.path)
     results = results or new_results(backbone, tasks, world, data=material.name, ask_for=ask_for)
     results["deepspeed"] = str(configuration or "none")
+    results["data"].setdefault("files", files)
+    results.setdefault("seeds", seeds(config))
+    results.setdefault("commands", []).append(command_line())
     results["pass_tokens"] = pass_tokens  # a run that goes on packs as before, so that it rounds as before
     _check_same_backbone(results, backbone, run)
 
@@ -260,5 +268,6 @@ def _describe(task: Task) -> dict[str, Any]:
         "facts": {split: len(task.examples[split]) for split in SPLITS},
         "left_out": dict(task.left_out),
         "usable": dict(task.usable),
+        "sha256": digest_of_examples(task),
         "balanced": len(set(Counter(example.answer for example in task.examples["test"]).values())) == 1,
     }

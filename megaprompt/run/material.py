@@ -10,7 +10,7 @@ from megaprompt.backbone import Backbone
 from megaprompt.backbone.tokenization import Tokenization
 from megaprompt.config import ProbeConfig, SuperGlueConfig
 from megaprompt.methods import Prompts, chosen_methods, superglue_methods
-from megaprompt.methods.discrete import read_discrete_prompts
+from megaprompt.methods.discrete import prompt_files, read_discrete_prompts
 from megaprompt.methods.method import Method
 from megaprompt.prompting.recipe import RECIPES
 from megaprompt.prompting.template import Template, default_template
@@ -36,6 +36,9 @@ class Material(Protocol):
     @property
     def name(self) -> str:
         """Of the data, as reports show it."""
+
+    def files(self) -> Sequence[Path]:
+        """That were read, each once."""
 
     def tasks(self) -> Sequence[str]:
         """The names of the tasks that will be asked, as far as they are known without a backbone."""
@@ -78,6 +81,14 @@ class Facts:
     @property
     def name(self) -> str:
         return self.data.name
+
+    def files(self) -> list[Path]:
+        config, vocabulary = self.config, self.data.vocabulary
+        chosen = Path(config.vocab) if config.vocab not in ("auto", "none") else vocabulary
+        given = [*config.discrete_prompts().values(), *filter(None, [config.wordings])]
+        options = [path for option in given for path in prompt_files(option)]
+        used = [chosen] if chosen is not None and config.vocab != "none" else []
+        return list(dict.fromkeys([*self.data.files, *used, *options]))
 
     def tasks(self) -> list[str]:
         return [relation.id for relation in self.relations]
@@ -143,6 +154,9 @@ class SuperGlue:
     def name(self) -> str:
         chosen = ", chosen on the validation set" * (self.config.select_on == "validation")
         return f"SuperGLUE ({self.config.setting}{chosen})"
+
+    def files(self) -> list[Path]:
+        return [*(path for data in self.data.values() for path in data.files), *filter(None, [self.config.patterns])]
 
     def tasks(self) -> list[str]:
         return list(self.data)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megaprompt.config import ProbeConfig, RunConfig, SuperGlueConfig, from_yaml
+from megaprompt.config import ProbeConfig, SuperGlueConfig, from_yaml
 from megaprompt.errors import MegapromptError
 from megaprompt.files import write_file
 from megaprompt.report.runs import Run, read_run
@@ -23,10 +23,13 @@ from megaprompt.run.directory import MAY_CHANGE, RunDirectory
 logger = logging.getLogger(__name__)
 
 
-def _kind(run: Run) -> type[RunConfig]:
-    """Of which command a run is, by its options."""
-    kinds: tuple[type[RunConfig], ...] = (ProbeConfig, SuperGlueConfig)
-    for kind in kinds:
+def kind_of(run: Run) -> type[ProbeConfig] | type[SuperGlueConfig]:
+    """Of which command a run is, by its options.
+
+    Raises:
+        MegapromptError: of none.
+    """
+    for kind in (ProbeConfig, SuperGlueConfig):
         if run.options.keys() <= {option.name for option in dataclasses.fields(kind)}:
             return kind
     raise MegapromptError(f"{run.path / 'config.yaml'}: has options of no command; take it from the run again")
@@ -63,7 +66,7 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
             for path in run.path.glob(files):
                 write_file(out / path.relative_to(run.path), path.read_bytes())
     if all(run.options for run in complete):  # which differ only in what changes no results
-        config = from_yaml(_kind(complete[0]), complete[0].path / "config.yaml")
+        config = from_yaml(kind_of(complete[0]), complete[0].path / "config.yaml")
         parts: dict[str, Any] = {config.PARTS: tuple(order)}
         RunDirectory(out).write_config(dataclasses.replace(config, out=out, **parts))
     RunDirectory(out).write_results(merged)
@@ -88,6 +91,11 @@ def _check_alike(runs: Sequence[Run]) -> None:
         if run.results["methods"].keys() != first.results["methods"].keys():
             raise MegapromptError(
                 f"{run.path}: its methods are not those of {first.path} ({mine}, not {other}); merge only what is alike"
+            )
+        files, theirs = (each.results["data"].get("files", {}) for each in (run, first))
+        if changed := [name for name in files.keys() & theirs.keys() if files[name] != theirs[name]]:
+            raise MegapromptError(
+                f"{run.path}: {min(changed)} was not the same file when {first.path} read it; merge only what is alike"
             )
     _check_options([run for run in runs if run.options])
 
@@ -114,7 +122,7 @@ def _check_options(runs: Sequence[Run]) -> None:
     if not runs:
         return
     # What --deepspeed may change, the precision, is compared by itself.
-    kind = _kind(runs[0])
+    kind = kind_of(runs[0])
     may_differ = MAY_CHANGE | {kind.PARTS}
     for option in dataclasses.fields(kind):
         values = [shown(run.options.get(option.name, option.default)) for run in runs]
@@ -141,10 +149,13 @@ def _together(parts: Sequence[Mapping[str, Any]], order: Sequence[str]) -> dict[
 
     methods = {method: rows_of(("methods", method)) for method in first["methods"]}
     metrics = {name: heading for part in parts for name, heading in part["metrics"].items()}
+    files = {name: digest for part in parts for name, digest in part["data"].get("files", {}).items()}
+    commands = [command for part in parts for command in part.get("commands", ())]
     return {
         **first,
+        **({"commands": commands} if commands else {}),  # older runs do not tell
         "metrics": metrics,
-        "data": {**first["data"], "relations": rows_of(("data",))},
+        "data": {**first["data"], **({"files": files} if files else {}), "relations": rows_of(("data",))},
         "methods": {method: {"relations": rows, **summarize(rows, list(metrics))} for method, rows in methods.items()},
         "timing": {"training_seconds": sum(part["timing"].get("training_seconds", 0.0) for part in parts)},
         "peak_memory_bytes": [peak for part in parts for peak in part["peak_memory_bytes"]],

@@ -19,6 +19,7 @@ from megaprompt.run.saved_prompts import load_prompts
 from megaprompt.tasks.task import Example, Task
 from tests.conftest import objective_of
 from tests.engine.test_trainer import training_set
+from tests.schemas import check_run
 
 RECIPE = Recipe(0.01, 0.0, 1.0, batch_size=4, max_epochs=100, patience=100, max_steps=8, dev_every=2)
 
@@ -92,7 +93,8 @@ def options(backbone_directory, data_directory):
 
 def test_what_is_best_on_dev_is_chosen(options, tmp_path):
     results = probe(options(tmp_path / "run", methods=("best",)))
-    methods = results["methods"]
+    methods = check_run(tmp_path / "run")["methods"]
+    assert methods == results["methods"]
     assert list(methods) == ["majority", "manual", "best-manual", "in-context", "p-tuning", "best"]
     alone = probe(options(tmp_path / "alone", methods=("p-tuning",)))["methods"]["p-tuning"]
     for relation, row in methods["best"]["relations"].items():

@@ -12,6 +12,7 @@ from megaprompt.report.table2 import join
 from megaprompt.report.table2_formats import legend
 from megaprompt.report.wordings import over_wordings
 from megaprompt.run.job import probe
+from tests.schemas import check_run
 from tests.tasks.bear_data import CAPITALS, WORDINGS, write_bear
 
 
@@ -30,6 +31,7 @@ def run(backbone_directory, tmp_path):
 
 def test_each_wording_their_mean_and_the_best_on_dev(run):
     results, out = run()
+    check_run(out)
     assert results["data"]["answers"] == "candidates"
     assert results["data"]["vocabulary"] is None
     methods = results["methods"]
@@ -86,6 +88,7 @@ def test_what_is_scored(run, scores):
     score = results["methods"]["manual"]["relations"]["P36"]["p_at_1"]
     assert sum(line["top"][0][0] == line["object"] for line in right) / len(right) == pytest.approx(score)
     assert "P@1" in (out / "report.html").read_text()
+    check_run(out)
     assert run(scores=scores, resume=True)[0] == results
 
 
@@ -110,6 +113,7 @@ def test_all_that_is_trained_and_resumed(run, learn_by):
     methods = ("manual", "p-tuning", "autoprompt", "fine-tuning", "manual+fine-tuning")
     few = {"max_epochs": 4, "learning_rate": 0.01, "fine_tuning_rate": 0.003, "autoprompt_steps": 2}
     results, out = run(methods=methods, learn_by=learn_by, **few)
+    check_run(out)
     rows = {method: found["relations"]["P30"] for method, found in results["methods"].items()}
     assert set(rows) >= set(methods)
     assert rows["p-tuning"]["template"] == "<3>[X]<3>[Y]."

@@ -250,7 +250,7 @@ def test_measured_as_predicted_and_out_of_memory_is_a_result(tmp_path, monkeypat
     assert [row["method"] for row in rows] == ["p-tuning", "fine-tuning"]
     for row in (*rows, few["p-tuning"]):
         for measured in row["measured"]:
-            # Small passes on several ranks are overestimated: not all peaks coincide. (See the README for true sizes.)
+            # Small passes on several ranks are overestimated: not all peaks coincide. (docs/memory.md has true sizes.)
             assert abs(sum(row["predicted"].values()) / measured["peak"] - 1) < 0.2, row
             assert measured["parameters"] == pytest.approx(4 * parameters / row["ranks"], rel=0.01)
             frozen = row["method"] == "p-tuning"

@@ -14,6 +14,7 @@ from megaprompt.cli import main
 from megaprompt.config import SUPERGLUE_TASKS, SuperGlueConfig, from_yaml
 from tests.conftest import run_cli
 from tests.report.made_up import Page
+from tests.schemas import check_run
 from tests.tasks.superglue.made_up import write_model, write_superglue
 
 ORACLE = Path(__file__).parents[2] / ".fairseq" / "lib"
@@ -85,7 +86,7 @@ def as_scikit_learn(run: Path, data: Path, results: dict, methods: Iterable[str]
 def test_seven_tasks_make_a_run_with_all_its_files(superglue, tmp_path, capsys):
     assert superglue("--methods", "manual,in-context,p-tuning,manual+fine-tuning") == 0
     run = tmp_path / "run"
-    results = json.loads((run / "results.json").read_text())
+    results = check_run(run)
     assert results["complete"]
     assert list(results["metrics"]) == ["score", "accuracy", "macro_f1", "em", "f1a"]
     assert list(results["data"]["relations"]) == list(SUPERGLUE_TASKS)
@@ -130,6 +131,15 @@ def test_classifiers_are_trained_where_train_has_both_classes(superglue, tmp_pat
     assert results["data"]["relations"]["RTE"]["facts"] == {"train": 5, "dev": 1, "test": 6}
 
 
+@pytest.mark.slow
+def test_a_run_is_repeated(superglue, tmp_path, capsys):
+    assert superglue("--tasks", "copa,wsc", "--methods", "manual,p-tuning") == 0
+    files = check_run(tmp_path / "run")["data"]["files"]
+    assert set(files) == {f"{task}/{split}.jsonl" for task in ("COPA", "WSC") for split in ("train", "dev32", "val")}
+    assert main(["rerun", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 0
+    assert "the same results" in capsys.readouterr().out
+
+
 TUNED = ("p-tuning", "--tune", "both")
 
 
@@ -137,7 +147,7 @@ def test_the_model_is_tuned_with_the_prompts(superglue, tmp_path):
     """In another column than with the model frozen; a search writes down what it tried."""
     assert superglue("--tasks", "multirc", "--methods", *TUNED, "--search", "--select-on", "validation") == 0
     run = tmp_path / "run"
-    results = json.loads((run / "results.json").read_text())
+    results = check_run(run)
     assert results["data"]["name"] == "SuperGLUE (few-shot, chosen on the validation set)"
     assert set(results["methods"]) == {"majority", "p-tuning+fine-tuning"}
     row = results["methods"]["p-tuning+fine-tuning"]["relations"]["MultiRC"]
@@ -275,7 +285,7 @@ def test_patterns_are_compared_each_with_its_words(superglue, tmp_path, caplog):
     assert superglue("--tasks", "rte,multirc,wsc", "--methods", "manual,best-manual", out="all") == 0
     assert "pattern pet-0 is left out: RTE, idx 0: template" in caplog.text, "a causal model reads no field behind [Y]"
     run = tmp_path / "all"
-    methods = json.loads((run / "results.json").read_text())["methods"]
+    methods = check_run(run)["methods"]
     assert list(methods) == ["majority", "manual", "best-manual", "mean of patterns"]
     alone = {}  # pattern -> its row as the manual prompt of a run of its own
     alone["pet-0"] = methods["manual"]["relations"]["MultiRC"]

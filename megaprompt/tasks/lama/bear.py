@@ -41,26 +41,29 @@ def bear(root: Path) -> Data:
         MegapromptError: a file is malformed; the message names it.
     """
     test = root if (root / METADATA).is_file() else root / _TEST
-    relations = {}
+    relations, files = {}, [test / METADATA]
     for name, about in _metadata(test / METADATA).items():
         if not (test / f"{name}.jsonl").is_file():
             logger.warning("relation %s is left out: %s has no %s.jsonl; fetch the data again", name, test, name)
             continue
         subjects = set()
+        files.append(test / f"{name}.jsonl")
         facts: dict[Split, list[Fact]] = {"train": [], "dev": [], "test": []}
         for subject, fact in _facts(test / f"{name}.jsonl"):
             subjects.add(subject)
             facts["test"].append(fact)
         rest = test.parent / _REST / f"{name}.jsonl"
-        for subject, fact in _facts(rest) if test != root and rest.is_file() else ():
-            if subject not in subjects:
-                facts[_split_of(subject)].append(fact)
+        if test != root and rest.is_file():
+            files.append(rest)
+            for subject, fact in _facts(rest):
+                if subject not in subjects:
+                    facts[_split_of(subject)].append(fact)
         first, *others = about["templates"]
         answers = tuple(about.get("answer_space_labels", ()))
         if "answer_space_labels" in about and not answers:
             raise MegapromptError(f"{test / METADATA}: {name} has an empty answer space; list its answers")
         relations[name] = Relation(name, name, "", first, facts, tuple(others), answers)
-    return Data(root.resolve().name, relations)
+    return Data(root.resolve().name, relations, files=tuple(files))
 
 
 def _metadata(path: Path) -> Mapping[str, Any]:

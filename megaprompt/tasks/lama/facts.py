@@ -45,11 +45,16 @@ class Relation:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: relations by id, in a fixed order, and the vocabulary file that came with it, if any."""
+    """A data set: relations by id, in a fixed order, and the vocabulary file that came with it, if any.
+
+    Args:
+        files: that it was read from, but for the vocabulary.
+    """
 
     name: str
     relations: dict[str, Relation]
     vocabulary: Path | None = None
+    files: tuple[Path, ...] = field(default=(), repr=False)
 
     @property
     def has_answer_spaces(self) -> bool:
@@ -79,6 +84,7 @@ def load_data(spec: str) -> Data:
 
     Read are, with `relations.jsonl` (relation, template, label, type, and more wordings in a list, templates) in the
     directory where there is one:
+
     - `trex/{train,dev,test}/P36.jsonl`
     - `TREx/P36.jsonl`, LAMA's release: test facts only
     - `P36/{train,dev,test}.jsonl`, also below `original/` or `fact-retrieval/original/`: AutoPrompt's and P-tuning's,
@@ -119,7 +125,8 @@ def load_data(spec: str) -> Data:
         label, type_ = row.get("label", relation), row.get("type", "")
         relations[relation] = Relation(relation, label, type_, template, facts, wordings)
     vocabularies = sorted(root.glob("vocab/*.txt"))
-    return Data(root.resolve().name, relations, vocabularies[0] if len(vocabularies) == 1 else None)
+    read = [*root.glob("relations.jsonl"), *sorted(path for splits in files.values() for path in splits.values())]
+    return Data(root.resolve().name, relations, vocabularies[0] if len(vocabularies) == 1 else None, tuple(read))
 
 
 def _descriptions(path: Path) -> dict[str, dict[str, Any]]:

@@ -31,6 +31,7 @@ class TaskData:
     name: str
     examples: Mapping[Split, list[Example]] = field(repr=False)
     left_out: Mapping[str, int]
+    files: tuple[Path, ...] = ()
 
 
 def read_superglue(
@@ -59,11 +60,13 @@ def read_superglue(
 
 
 def _read_task(root: Path, name: str, setting: Setting, select_on: SelectOn, limit: int | None, seed: int) -> TaskData:
-    train, test = (_read_rows(root / name / f"{file}.jsonl", name) for file in ("train", "val"))
+    files = [root / name / f"{file}.jsonl" for file in ("train", "val")]
+    train, test = (_read_rows(file, name) for file in files)
     if select_on == "validation":
         dev = test
     elif setting == "few-shot":
-        dev = _read_rows(root / name / "dev32.jsonl", name)
+        files.append(root / name / "dev32.jsonl")
+        dev = _read_rows(files[-1], name)
     else:
         random.Random(seed_of(seed, name, "dev")).shuffle(train)
         count = max(1, len(train) // _DEV_SHARE)
@@ -79,7 +82,7 @@ def _read_task(root: Path, name: str, setting: Setting, select_on: SelectOn, lim
         examples["dev"] = list(examples["test"])
     if name == "COPA":
         examples["train"] = [each for example in examples["train"] for each in (example, _mirrored(example))]
-    return TaskData(name, examples, {OVER_THE_LIMIT: left_out} if limit is not None else {})
+    return TaskData(name, examples, {OVER_THE_LIMIT: left_out} if limit is not None else {}, tuple(files))
 
 
 def _read_rows(path: Path, name: str) -> list[list[Example]]:
