@@ -138,8 +138,8 @@ def is_causal(spec: str) -> bool:
     return language_model(read_config(spec)) is AutoModelForCausalLM
 
 
-def inspect_backbone(spec: str) -> tuple[int, str]:
-    """The size of a backbone's input vectors and a description, without reading the weights.
+def inspect_backbone(spec: str) -> tuple[int, int, str]:
+    """The size of a backbone's input vectors, its number of parameters, and a description, without reading the weights.
 
     Raises:
         UsageError: there is no such backbone, or files are missing or cut off.
@@ -151,12 +151,14 @@ def inspect_backbone(spec: str) -> tuple[int, str]:
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(_cannot_be_loaded(f"--backbone {spec}:", error)) from error
     with torch.device("meta"):
-        width = cast(nn.Embedding, language_model(config).from_config(config).get_input_embeddings()).embedding_dim
+        model = language_model(config).from_config(config)
+    width = cast(nn.Embedding, model.get_input_embeddings()).embedding_dim
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     text = config.get_text_config()
     about = f"{config.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}, {len(tokenizer)} tokens"
     root = Path(directory)
     if not root.is_dir():
-        return width, f"{about}, weights from the model hub"
+        return width, parameters, f"{about}, weights from the model hub"
     files = {path.name for pattern in ("*.safetensors", "*.bin") for path in root.glob(pattern)}
     if (index := root / "model.safetensors.index.json").is_file():
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -171,7 +173,7 @@ def inspect_backbone(spec: str) -> tuple[int, str]:
                     pass
         except (OSError, SafetensorError) as error:
             raise UsageError(f"--backbone {spec}: {name} is missing or cut off ({error}); copy it again") from error
-    return width, f"{about}, {size / 1e9:.2f} GB in {len(files)} file(s)"
+    return width, parameters, f"{about}, {size / 1e9:.2f} GB in {len(files)} file(s)"
 
 
 def _cannot_be_loaded(what: str, error: Exception) -> str:

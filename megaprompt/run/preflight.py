@@ -64,7 +64,7 @@ class _Checks:
     def __init__(self, config: RunConfig, read: ReadMaterial) -> None:
         self.config, self._read = config, read
         self.material: Material | None = None  # this and the others as far as they are known
-        self.hidden_size = 0
+        self.hidden_size = self.parameters = 0
         self.causal = True
 
     def versions(self) -> str:
@@ -87,7 +87,7 @@ class _Checks:
         return ", ".join([*about, sharding])
 
     def backbone(self) -> str:
-        self.hidden_size, about = inspect_backbone(self.config.backbone)
+        self.hidden_size, self.parameters, about = inspect_backbone(self.config.backbone)
         self.causal = is_causal(self.config.backbone)
         return about
 
@@ -119,6 +119,9 @@ class _Checks:
             sizes = sorted((3 * 4 * self._parameters(template) for template in self.templates), reverse=True)
             of_wave = -(-len(sizes) // self._waves())
             needed = _COPIES * sum(sizes[:of_wave]) * candidates(config)
+        if config.trains_weights and self._has_whole_copies():
+            # Float32 weights, Adam's two averages, and the weights that were best on dev.
+            needed = max(needed, _COPIES * 4 * 4 * self.parameters)
         free = shutil.disk_usage(where).free
         about = f"{config.out}: {free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.1f} GB"
         if free < needed:
@@ -144,6 +147,14 @@ class _Checks:
             return choose(self.config, self.templates, self._machines)
         found = fitted(self.config, self.templates, self._machines, self.config.deepspeed)
         return found, "; ".join(found.needs())
+
+    def _has_whole_copies(self) -> bool:
+        """Whether every rank has the whole backbone; sharded weights are not saved."""
+        if self.config.deepspeed != AUTO:
+            return self.config.deepspeed is None
+        with suppress(MegapromptError):
+            return self._machines is not None and self._fitted()[0].deepspeed is None
+        return False
 
     def _waves(self) -> int:
         """In how many waves the tasks are learned; one if that is not known."""

@@ -238,7 +238,8 @@ def test_a_checkpoint_without_output_layer_is_refused(make_backbone, tokenizer, 
 
 
 def test_prompts_are_as_wide_as_embeddings(directory):
-    assert inspect_backbone(str(directory))[0] == load_backbone(str(directory)).hidden_size
+    loaded = load_backbone(str(directory))
+    assert inspect_backbone(str(directory))[:2] == (loaded.hidden_size, sum(p.numel() for p in loaded.parameters()))
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("bert-base", 108_340_804), ("roberta-base", 124_697_433)])

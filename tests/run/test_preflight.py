@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megaprompt.backbone import inspect_backbone
 from megaprompt.cli import main
 from megaprompt.config import PlanConfig
 from megaprompt.resources.plan import USABLE, plan
@@ -106,10 +107,10 @@ def test_weights_that_are_cut_off_or_missing(check, backbone_directory, tmp_path
     assert "holds no weights" in check("--backbone", copy)[1]
 
 
-def test_checkpoints_must_fit_on_the_disk(check, monkeypatch, data_directory):
-    def with_free(size: int) -> tuple[int, str]:
+def test_checkpoints_must_fit_on_the_disk(check, monkeypatch, data_directory, backbone_directory):
+    def with_free(size: int, *options: object) -> tuple[int, str]:
         monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, size))
-        return check("--encoder", "none")
+        return check("--encoder", "none", *options)
 
     # 2 relations x 6 vectors of 32 numbers, with two averages of Adam, in float32, three times.
     needed = 2 * 6 * 32 * 3 * 4 * 3
@@ -119,6 +120,13 @@ def test_checkpoints_must_fit_on_the_disk(check, monkeypatch, data_directory):
     assert "free space" in printed
     write_facts(data_directory / "trex" / "train" / "P17.jsonl", [("Oslo", "Norway")])
     assert with_free(needed)[0] == 1  # one more relation
+
+    # Weights that are trained, with Adam's averages and a copy of the best, in float32, three times; unless sharded.
+    weights = 3 * 4 * 4 * inspect_backbone(str(backbone_directory))[1]
+    tuned = ("--methods", "fine-tuning")
+    assert with_free(weights, *tuned)[0] == 0
+    assert with_free(weights - 1, *tuned)[0] == 1
+    assert with_free(weights - 1, *tuned, "--deepspeed", "zero3")[0] == 0
 
 
 def test_a_memory_that_a_plan_would_call_too_small_is_refused(check, monkeypatch, backbone_directory):
