@@ -107,6 +107,9 @@ class Trainer:
         self.learners = [
             Learner(each, recipe, seed, backbone=backbone, encoder=encoder, loss_scale=loss_scale) for each in own
         ]
+        self._saved: dict[str, Learner | Weights] = {each.data.name: each for each in self.learners}
+        if weights is not None:
+            self._saved[_WEIGHTS] = weights
         if weights is None and (idle := [each.data.task for each in self.learners if not each.parameters]):
             raise MegapromptError(f"relation {idle[0]}: its template has no pseudo tokens, nothing to learn")
         self.step = 0
@@ -185,15 +188,14 @@ class Trainer:
     @property
     def can_be_saved(self) -> bool:
         """Whether `states` has everything: weights that are trained are whole, and so is the copy of the best."""
-        best = self.learners[0].best.kept if self.weights is not None else None
-        return self.weights is None or not (self.weights.sharded or (best is not None and best.weights is None))
+        if self.weights is None:
+            return True
+        best = self.learners[0].best.kept
+        return not self.weights.sharded and (best is None or best.weights is not None)
 
     def states(self) -> dict[str, dict[str, Any]]:
         """What each task of this group, and weights, need to go on exactly; of one replica of the group only."""
-        if self.at.world.rank > 0:
-            return {}
-        states = {each.data.name: each.state() for each in self.learners}
-        return states | ({} if self.weights is None else {_WEIGHTS: self.weights.state()})
+        return {name: each.state() for name, each in self._saved.items()} if self.at.world.rank == 0 else {}
 
     def shared_state(self) -> dict[str, Any]:
         """What else `restore` needs, the same on all ranks; ready for JSON."""
@@ -203,7 +205,5 @@ class Trainer:
         """Go on from a `shared_state`, on any number of ranks and groups; `read` gives one of the `states`."""
         self.step, self.stopped_after = shared["step"], dict(shared["stopped_after"])
         self._halving.best = dict(shared["best"])
-        for learner in self.learners:
-            learner.restore(read(learner.data.name))
-        if self.weights is not None:
-            self.weights.restore(read(_WEIGHTS))
+        for name, each in self._saved.items():
+            each.restore(read(name))

@@ -117,9 +117,14 @@ class _Checks:
         if self.hidden_size and {"p-tuning", "best"} & set(config.columns):
             # With Adam's two averages, in single precision, of the tasks of one wave.
             sizes = sorted((3 * 4 * self._parameters(template) for template in self.templates), reverse=True)
-            of_wave = -(-len(sizes) // self._waves())
+            waves = 1 if self._known is None else self._known.waves
+            of_wave = -(-len(sizes) // waves)
             needed = _COPIES * sum(sizes[:of_wave]) * candidates(config)
-        if config.trains_weights and self._has_whole_copies():
+        if config.deepspeed == AUTO:
+            whole_copies = self._known is not None and self._known.deepspeed is None
+        else:
+            whole_copies = config.deepspeed is None
+        if config.trains_weights and whole_copies:  # sharded weights are not saved
             # Float32 weights, Adam's two averages, and the weights that were best on dev.
             needed = max(needed, _COPIES * 4 * 4 * self.parameters)
         free = shutil.disk_usage(where).free
@@ -148,19 +153,12 @@ class _Checks:
         found = fitted(self.config, self.templates, self._machines, self.config.deepspeed)
         return found, "; ".join(found.needs())
 
-    def _has_whole_copies(self) -> bool:
-        """Whether every rank has the whole backbone; sharded weights are not saved."""
-        if self.config.deepspeed != AUTO:
-            return self.config.deepspeed is None
+    @cached_property
+    def _known(self) -> Fitted | None:
+        """The plans, if the machines are known and something fits; else the check of memory tells."""
         with suppress(MegapromptError):
-            return self._machines is not None and self._fitted()[0].deepspeed is None
-        return False
-
-    def _waves(self) -> int:
-        """In how many waves the tasks are learned; one if that is not known."""
-        with suppress(MegapromptError):  # which the check of memory tells
-            return 1 if self._machines is None else self._fitted()[0].waves
-        return 1
+            return None if self._machines is None else self._fitted()[0]
+        return None
 
     def memory(self) -> str:
         if self._machines is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -65,25 +66,24 @@ def compare(run: Path, again: Path) -> Comparison:
         MegapromptError: a file is damaged.
     """
     before, now = read_run(run), read_run(again)
+    answers = [_answers(each) for each in (before, now)]
+    score = next(iter(before.results["metrics"]))
     rows = {}
     for method in {**before.results["methods"], **now.results["methods"]}:
-        answers = [_answers(each, method) for each in (before, now)]
-        pairs = list(zip_longest(*answers))
-        score = next(iter(before.results["metrics"]))
+        pairs = list(zip_longest(*(each.get(method, []) for each in answers)))
         macro = [each.results["methods"].get(method, {}).get("macro", {}).get(score) for each in (before, now)]
         rows[method] = (macro[0], macro[1], len(pairs), sum(one != other for one, other in pairs))
     return Comparison(_origins_that_differ(before.results, now.results), rows)
 
 
-def _answers(run: Run, method: str) -> list[dict[str, Any]]:
-    """What a run predicted, without probabilities, which differ by rounding between machines; of the best answers only
-    the first."""
-    directory, found = RunDirectory(run.path), []
+def _answers(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """What each method of a run predicted, without probabilities, which differ by rounding between machines; of the
+    best answers only the first."""
+    directory, found = RunDirectory(run.path), defaultdict(list)
     for relation in run.results["data"]["relations"]:
         for line in directory.read_predictions(relation):
-            if line["method"] == method:
-                top = line.get("top") or [[None]]
-                found.append({**line, "relation": relation, "probability": None, "top": top[0][0]})
+            top = line.get("top") or [[None]]
+            found[line["method"]].append({**line, "relation": relation, "probability": None, "top": top[0][0]})
     return found
 
 

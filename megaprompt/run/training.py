@@ -54,16 +54,14 @@ def train_resumably(
     log = _Log(run, world, trainer, status)
     start = time.monotonic()
 
-    def about() -> dict[str, Any]:
-        found: dict[str, Any] = {
+    def more() -> dict[str, Any]:
+        return {
             "seconds": seconds + time.monotonic() - start,
-            "log_size": run.log_size(),
             "wave": wave,
+            "dtype": results["backbone"]["dtype"],
         }
-        found |= {"training": trainer.shared_state(), "dtype": results["backbone"]["dtype"]}
-        return world.gather(found)[0]
 
-    checkpoints = _Checkpoints(run.path / "state", world, trainer, about, (wave - 1) * _STEPS_OF_WAVE)
+    checkpoints = _Checkpoints(run.path / "state", run, world, trainer, more, (wave - 1) * _STEPS_OF_WAVE)
     shown = progress(method, trainer.progress()[1], world.is_main)
     with log, checkpoints.writer, stop_signals() as should_stop, shown as update:
 
@@ -84,15 +82,21 @@ class _Checkpoints:
     """When checkpoints of a training are written. All ranks make the same calls.
 
     Args:
-        about: what stands in the manifest, the same on all ranks.
+        more: what stands in the manifest beside that which `_go_on` needs; that of the main rank counts.
         before: numbers of earlier waves, on top of which steps are counted.
     """
 
     def __init__(
-        self, directory: Path, world: World, trainer: Trainer, about: Callable[[], dict[str, Any]], before: int = 0
+        self,
+        directory: Path,
+        run: RunDirectory,
+        world: World,
+        trainer: Trainer,
+        more: Callable[[], dict[str, Any]] = dict,
+        before: int = 0,
     ) -> None:
         self.writer = CheckpointWriter(directory, world)
-        self._world, self._trainer, self._about, self._before = world, trainer, about, before
+        self._run, self._world, self._trainer, self._more, self._before = run, world, trainer, more, before
         self._began = self._waited = 0.0
         self._next = time.monotonic() + _CHECKPOINT_SECONDS
 
@@ -122,7 +126,9 @@ class _Checkpoints:
         states = self._trainer.states()
         if complete and self._is_too_late(states):
             return
-        self.writer.save(self._before + self._trainer.step, states, self._about(), complete=complete)
+        about = {"log_size": self._run.log_size(), "training": self._trainer.shared_state(), **self._more()}
+        number = self._before + self._trainer.step
+        self.writer.save(number, states, self._world.gather(about)[0], complete=complete)
         self._waited = time.monotonic() - self._began
 
     def _is_too_late(self, states: Mapping[str, Any]) -> bool:
@@ -181,8 +187,13 @@ def one_after_the_other(
         about: the method, the task, and the candidate's name if there are several.
         trainer: what goes on from its newest checkpoint, and is saved now and then; each starts anew without.
     """
-    directory = Parts(run.path, world).training(".".join(filter(None, about)))
-    if not (trainer is not None and _restored(trainer, directory, run, world)) and world.is_main:
+    checkpoint = None
+    if trainer is not None:
+        directory = Parts(run.path, world).training(".".join(filter(None, about)))
+        checkpoint = load_checkpoint(directory, world)
+    if trainer is not None and checkpoint is not None:
+        _go_on(trainer, checkpoint, run, world)
+    elif world.is_main:
         run.forget(*about)
     with shown as update:
 
@@ -198,23 +209,11 @@ def one_after_the_other(
             yield Hooks(log=log, progress=show, should_stop=should_stop)
             return
 
-        def state() -> dict[str, Any]:
-            return world.gather({"log_size": run.log_size(), "training": trainer.shared_state()})[0]
-
-        checkpoints = _Checkpoints(directory, world, trainer, state)
+        checkpoints = _Checkpoints(directory, run, world, trainer)
         with checkpoints.writer:
             yield checkpoints.hooks(log=log, progress=show, should_stop=should_stop)
             if world.max_(torch.tensor(int(checkpoints.is_due())), "schedule"):  # answers on test are still to come
                 checkpoints.save(complete=True)
-
-
-def _restored(trainer: Trainer, directory: Path, run: RunDirectory, world: World) -> bool:
-    """Let a trainer go on from the newest checkpoint, with its log; whether there is one."""
-    checkpoint = load_checkpoint(directory, world)
-    if checkpoint is None:
-        return False
-    _go_on(trainer, checkpoint, run, world)
-    return True
 
 
 class _Log:
