@@ -17,7 +17,7 @@ def evaluate(config: EvaluateConfig) -> None:
     from megaprompt.files import write_file
     from megaprompt.report.html import write_report
     from megaprompt.report.runs import beside
-    from megaprompt.run.ask import evaluate, evaluate_all
+    from megaprompt.run.evaluate import evaluate, evaluate_all
 
     scores = evaluate_all(config) if config.report else evaluate(config)
     if config.out is not None:

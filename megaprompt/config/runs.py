@@ -18,7 +18,11 @@ class EvaluateConfig:
     """Score saved prompts on facts."""
 
     prompts: Path
-    """A run, or a directory of prompts (.safetensors)."""
+    """A run, a directory of prompts (.safetensors), an adapter of PEFT (prompt tuning, or P-tuning), or a directory of
+    such adapters in directories named by relation."""
+    template: str | None = None
+    """For adapters of PEFT: the words behind their vectors, such as "The capital of [X] is [Y]."; the relation's manual
+    prompt if not given."""
     method: str | None = None
     """Whose prompts of the run: best, p-tuning, in-context, best-manual, manual. If not given: the first of these that
     the run has."""

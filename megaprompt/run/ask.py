@@ -1,35 +1,30 @@
-"""What saved prompts are good for: scoring them on facts, and asking the backbone about one subject."""
+"""Asking the backbone about one subject, with a saved prompt."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaprompt.backbone import Backbone, dtype_of, load_backbone
-from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig, from_yaml
-from megaprompt.console import progress
+from megaprompt.config import AskConfig, ProbeConfig, from_yaml
 from megaprompt.distributed.world import World
 from megaprompt.engine.passes import Questions, Workplace, answers
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.packing import PassSize, pack
 from megaprompt.prompting.query import Query
 from megaprompt.prompting.template import Template
-from megaprompt.run.averages import summarize
-from megaprompt.run.directory import RunDirectory
-from megaprompt.run.saved_prompts import SavedPrompt, load_prompts, methods_with_prompts
+from megaprompt.run.saved_prompts import SavedPrompt, load_prompts
 from megaprompt.tasks.lama.continuations import continuations, ends
 from megaprompt.tasks.lama.facts import Data, load_data
 from megaprompt.tasks.lama.one_token import OneToken
 from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary
 from megaprompt.tasks.lama.whole_answers import WholeAnswers
 from megaprompt.tasks.objective import Answers, Objective
-from megaprompt.tasks.task import Instance, Split, Task
+from megaprompt.tasks.task import Instance
 
 logger = logging.getLogger(__name__)
 
@@ -46,80 +41,17 @@ def backbone_for(prompts: Sequence[SavedPrompt], name: str | None, dtype: str | 
     precision = dtype_of(dtype, world.device)
     backbone = load_backbone(name or spec, precision, world.device, random_weights=random_weights)
     for prompt in prompts:
-        if prompt.fingerprint != backbone.fingerprint:
+        if prompt.vectors.shape[1] != backbone.hidden_size:
+            raise MegapromptError(
+                f"{prompt.path}: has vectors of {prompt.vectors.shape[1]} numbers, where {backbone.name} has "
+                f"{backbone.hidden_size}; give the --backbone that they were learned on"
+            )
+        if prompt.fingerprint not in ("", backbone.fingerprint):
             raise MegapromptError(
                 f"{prompt.path}: learned on {prompt.backbone} (weights {prompt.fingerprint}), not on {backbone.name} "
                 f"(weights {backbone.fingerprint}); give --backbone {prompt.backbone}, and the same --dtype"
             )
     return backbone
-
-
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Score saved prompts of one method; returns scores in the form of one method of results.json.
-
-    Raises:
-        UsageError: there are no such prompts, relations or facts.
-        MegapromptError: a prompt belongs to another backbone.
-    """
-    method = config.method or methods_with_prompts(config.prompts)[0]
-    found = _evaluate(config, [method])
-    return found | found.pop("methods")[method]
-
-
-def evaluate_all(config: EvaluateConfig) -> dict[str, Any]:
-    """Score the prompts of all methods of a run, and keep the scores there, for its report.
-
-    Returns:
-        Scores with `methods` in the form of results.json.
-
-    Raises:
-        UsageError: as `evaluate`, or the prompts are not those of a run.
-        MegapromptError: as `evaluate`.
-    """
-    if not (config.prompts / "results.json").is_file():
-        raise UsageError(f"--report: {config.prompts} is not the directory of a run; give one, or --out")
-    found = _evaluate(config, methods_with_prompts(config.prompts))
-    name = found["data"] if config.split == "test" else f"{found['data']}, {config.split}"
-    RunDirectory(config.prompts).write_evaluation(name, found)
-    return found
-
-
-def _evaluate(config: EvaluateConfig, methods: Sequence[str]) -> dict[str, Any]:
-    prompts = {method: load_prompts(config.prompts, method) for method in methods}
-    names = list(dict.fromkeys(name for of_method in prompts.values() for name in of_method))
-    for name in config.relations:
-        if name not in names:
-            raise UsageError(f"--relations {name}: no prompt in {config.prompts}, which has {', '.join(names)}")
-    every = [prompt for of_method in prompts.values() for prompt in of_method.values()]
-    must_be_of_facts(every)
-    data = load_data(config.data or every[0].data)
-    names = list(config.relations) or _in_both(names, data)
-    backbone = backbone_for(every, config.backbone, config.dtype)
-    ask_for = AskFor()
-    if not data.has_answer_spaces:
-        ask_for = AskFor(load_vocabulary(*_vocabulary_of(config, data), backbone.tokenization))
-    tasks = lama_tasks(
-        data,
-        backbone,
-        ask_for,
-        names=tuple(names),
-        splits=(config.split,),
-        limit=config.limit_facts,
-        seed=config.data_seed,
-    )
-    size, total = backbone.exact_size(PassSize()), sum(len(task.examples[config.split]) for task in tasks.values())
-    scores = {}
-    for method, of_method in prompts.items():
-        rows, done = {}, 0
-        with progress(f"evaluate {method}", total) as update:
-            for name, task in tasks.items():
-                if name in of_method:
-                    rows[name] = _scored(of_method[name], task, config.split, backbone, size)
-                done += len(task.examples[config.split])
-                update(done)
-        scores[method] = {"relations": rows, **summarize(rows, list(OneToken.metrics))}
-    among = ask_for.vocabulary and ask_for.vocabulary.name
-    return {"split": config.split, "data": data.name, "vocabulary": among, "methods": scores}
 
 
 def must_be_of_facts(prompts: Iterable[SavedPrompt]) -> None:
@@ -134,39 +66,6 @@ def must_be_of_facts(prompts: Iterable[SavedPrompt]) -> None:
                 f"--prompts: {prompt.path} asks about texts of {prompt.data}, not for facts; its run has scores in "
                 "report.html and answers in predictions/; for other texts run megaprompt superglue with another --data"
             )
-
-
-def _vocabulary_of(config: EvaluateConfig, data: Data) -> tuple[str, Data]:
-    """The option, and the data that it is about: for a run's report the same answers compete as in the run."""
-    if config.report and config.vocab == "auto":
-        run = from_yaml(ProbeConfig, config.prompts / "config.yaml")
-        return run.vocab, load_data(run.data)
-    return config.vocab, data
-
-
-def _in_both(names: Sequence[str], data: Data) -> list[str]:
-    """The relations of which there are prompts and facts.
-
-    Raises:
-        UsageError: there are none.
-    """
-    both = [name for name in names if name in data.relations]
-    if not both:
-        raise UsageError(f"--data {data.name}: has none of the relations of the prompts, {', '.join(names)}")
-    if missing := [name for name in names if name not in both]:
-        logger.warning("left out, since %s has no facts of them: %s", data.name, ", ".join(missing))
-    return both
-
-
-def _scored(prompt: SavedPrompt, task: Task, split: Split, backbone: Backbone, size: PassSize) -> dict[str, Any]:
-    """A row of results.json, with the share of the most frequent answer: what always giving it would score."""
-    template, examples = task.template(prompt.template), task.examples[split]
-    at = Workplace.shared(backbone, size, World(device=backbone.device), task.objective)
-    questions = Questions(task.instances(split, template, prompt.before), task.objective)
-    [found] = answers(at, [questions], prompt.vectors.to(backbone.device))
-    most = max(Counter(example.gold for example in examples).values()) / len(examples)
-    about = {"label": task.label, "type": task.type, "facts": len(examples), "template": template.text}
-    return {**about, "most_frequent": most, **task.objective.measure(found, examples)}
 
 
 def ask(config: AskConfig) -> list[tuple[str, float]]:

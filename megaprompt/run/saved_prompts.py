@@ -16,6 +16,8 @@ from megaprompt.backbone import Backbone
 from megaprompt.engine.learner import Prompt
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.files import write_file
+from megaprompt.prompting.query import TextEncoder
+from megaprompt.prompting.template import Template
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class SavedPrompt:
     relation: str
     template: str
     backbone: str
-    fingerprint: str  # of the backbone's weights
+    fingerprint: str  # of the backbone's weights; empty if unknown
     data: str  # that it was learned with
     vectors: Tensor  # [pseudo tokens, hidden size] float32; none of a prompt that is text alone
     label: str = ""
@@ -49,6 +51,12 @@ class SavedPrompt:
         if backbone.random_weights is not None:
             names["random_weights"] = str(backbone.random_weights)
         return cls(vectors=kept.vectors, head=kept.head, dev=dev, **names)  # type: ignore[arg-type]
+
+    def encoder_of(self, backbone: TextEncoder) -> TextEncoder:
+        """How the backbone reads text with this prompt: vectors that the template has no place for, as those of PEFT,
+        stand in front of it all."""
+        in_front = len(self.vectors) - Template.parse(self.template).num_pseudo_tokens
+        return backbone._replace(prefix=(*range(-1, -1 - in_front, -1), *backbone.prefix))
 
     def save(self, path: Path) -> None:
         """Write the file, and read it back: a prompt that is empty or not finite is not worth having.

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megaprompt.config import EvaluateConfig, ProbeConfig
 from megaprompt.engine.trainer import Interrupted, Trainer
-from megaprompt.run.ask import evaluate
+from megaprompt.run.evaluate import evaluate
 from megaprompt.run.job import probe
 from megaprompt.run.saved_prompts import load_prompts
 from tests.conftest import write_data

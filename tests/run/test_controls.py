@@ -9,7 +9,8 @@ from megaprompt.backbone import load_backbone
 from megaprompt.cli import main
 from megaprompt.config import AskConfig, EvaluateConfig, ProbeConfig
 from megaprompt.errors import MegapromptError, UsageError
-from megaprompt.run.ask import ask, evaluate, evaluate_all
+from megaprompt.run.ask import ask
+from megaprompt.run.evaluate import evaluate, evaluate_all
 from megaprompt.run.job import probe
 from megaprompt.run.saved_prompts import load_prompts, methods_with_prompts
 from tests.conftest import PAIRS, write_facts

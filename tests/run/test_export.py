@@ -7,18 +7,21 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from megaprompt.backbone import load_backbone
 from megaprompt.cli import main
-from megaprompt.config import AskConfig, ExportConfig, ProbeConfig
-from megaprompt.errors import UsageError
+from megaprompt.config import AskConfig, EvaluateConfig, ExportConfig, ProbeConfig
+from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.prompting.template import Template
 from megaprompt.run import standalone
 from megaprompt.run.ask import ask
+from megaprompt.run.evaluate import evaluate
 from megaprompt.run.export import export
 from megaprompt.run.job import probe
-from megaprompt.run.saved_prompts import load_prompts
+from megaprompt.run.saved_prompts import SavedPrompt, load_prompts
+from megaprompt.tasks.lama.facts import load_data
+from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary
 from tests.conftest import plain_logits
 
 WITHOUT_MEGAPROMPT = "import sys, runpy; sys.modules['megaprompt'] = None; sys.argv[:] = sys.argv[1:]; "
@@ -128,3 +131,75 @@ def test_what_peft_cannot_hold_is_refused(learn, tmp_path):
         export(ExportConfig(prompts=run, out=tmp_path / "out", relations=("P99",)))
     with pytest.raises(UsageError, match="is not empty"):
         export(ExportConfig(prompts=run, out=run))
+
+
+# ---------------------------------------------------------------------------------------------- adapters of others
+
+
+def an_adapter(folder, backbone_directory, kind="encoder", task="CAUSAL_LM"):
+    """An adapter as PEFT itself makes and saves it; returns PEFT's model."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    about = {"task_type": task, "num_virtual_tokens": 3}
+    config = peft.LoraConfig(task_type=task, target_modules=["q_proj"])
+    if kind == "encoder":
+        config = peft.PromptEncoderConfig(**about, encoder_hidden_size=16)
+    elif kind == "prompt":
+        config = peft.PromptTuningConfig(**about)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(backbone_directory), config)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["encoder", "prompt"])
+@pytest.mark.parametrize("template", [None, "Where is the capital of [X] ? In [Y]"])
+def test_adapters_of_peft_are_scored_as_peft_asks(backbone_directory, data_directory, tmp_path, kind, template):
+    model = an_adapter(tmp_path / "P36", backbone_directory, kind)
+    found = evaluate(EvaluateConfig(prompts=tmp_path, data=str(data_directory), vocab="none", template=template))
+
+    backbone, data = load_backbone(str(backbone_directory)), load_data(str(data_directory))
+    ask_for = AskFor(load_vocabulary("none", data, backbone.tokenization))
+    task = lama_tasks(data, backbone, ask_for, names=("P36",), splits=("test",), limit=None, seed=0)["P36"]
+    words = (template or task.manual).split("[Y]")[0].strip()
+    tokenizer = AutoTokenizer.from_pretrained(backbone_directory)
+    ranks = []
+    for example in task.examples["test"]:
+        ids = tokenizer(words.replace("[X]", example.fields["X"]), return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, -1]
+        ranks.append(int((logits >= logits[example.gold])[ask_for.vocabulary.allowed].sum()))
+    assert found["relations"]["P36"]["facts"] == len(ranks)
+    assert found["relations"]["P36"]["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / len(ranks), abs=1e-6)
+
+
+def test_a_token_for_the_beginning_stands_behind_the_vectors(make_backbone):
+    prompt = SavedPrompt("P36", "The capital of [X] is [Y].", "", "", "", torch.zeros(2, 32))
+    encoder = make_backbone().text_encoder()._replace(prefix=(7,))
+    query = Template.parse(prompt.template).render({"X": "Peru"}, prompt.encoder_of(encoder))
+    assert query.tokens == (-1, -2, 7, *encoder.encode("The capital of Peru is", True))
+
+
+def test_adapters_that_cannot_be_scored(learn, backbone_directory, data_directory, tmp_path):
+    data, folder = str(data_directory), tmp_path / "adapter"
+
+    def scored(**options):
+        return evaluate(EvaluateConfig(**{"prompts": folder, "data": data, "relations": ("P36",), **options}))
+
+    an_adapter(folder, backbone_directory)
+    assert scored()["relations"]["P36"]["facts"]
+    with pytest.raises(UsageError, match="give --data"):
+        scored(data=None)
+    with pytest.raises(UsageError, match="is one adapter of PEFT; give its relation"):
+        scored(relations=())
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(MegapromptError, match=r"adapter_model.safetensors: has no vectors that can be read"):
+        scored()
+    an_adapter(folder, backbone_directory, "lora")
+    with pytest.raises(UsageError, match="is an adapter of LORA for CAUSAL_LM; only vectors in front"):
+        scored()
+    run = learn("<3>[X] [Y]")
+    export(ExportConfig(prompts=run, to="peft", out=tmp_path / "out"))
+    with pytest.raises(UsageError, match="was exported from a run of megaprompt; give the run"):
+        scored(prompts=tmp_path / "out")
+    with pytest.raises(UsageError, match="--template: is for adapters"):
+        scored(prompts=run, template="[X] [Y]")
