@@ -45,7 +45,7 @@ NOT_RUN = {
     "megaprompt data count --data mine": "words of the packaged model; the data is read by a test of its own",
     "megaprompt probe --data mine --methods manual,in-context,p-tuning --max-steps 50 --out runs/mine": "likewise",
     "megaprompt export --prompts runs/probe --to peft --out adapters": "likewise",
-    'megaprompt evaluate --prompts adapter --data other/facts --relations P36 --template "The capital of [X] is [Y]."': (
+    'megaprompt evaluate --prompts adapter --data other/facts --relations P36 --template "Capital of [X]: [Y]"': (
         "is run in tests/run/test_export.py"
     ),
     "megaprompt superglue --data data/fewglue --setting few-shot --methods manual,in-context,p-tuning": "is run "
