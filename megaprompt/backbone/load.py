@@ -66,6 +66,7 @@ def load_backbone(
             model, found = kind.from_pretrained(
                 directory,
                 dtype=dtype,
+                device_map={"": torch.device(device)},  # tensor by tensor from the file, without a copy on the host
                 local_files_only=os.path.isdir(directory),
                 output_loading_info=True,
             )

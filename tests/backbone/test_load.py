@@ -1,11 +1,13 @@
-"""What a backbone's data type is where nobody says."""
+"""Loading a backbone: its data type where nobody says, and what it takes of the host's memory."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from megaprompt.backbone import dtype_of
+from megaprompt.backbone import dtype_of, load_backbone
+from megaprompt.resources.measured_case import PeakMemory
 
 GPU = torch.device("cuda", 0)
 
@@ -28,3 +30,18 @@ def test_bfloat16_only_where_the_gpu_computes_with_it(monkeypatch, generation, e
 
 def test_float32_on_a_cpu():
     assert dtype_of(None, torch.device("cpu")) == torch.float32
+
+
+def test_weights_are_read_without_a_copy_on_the_host(tokenizer, tmp_path):
+    shape = GPT2Config(n_layer=2, n_head=4, n_embd=1024, vocab_size=len(tokenizer), n_positions=64)
+    model = GPT2LMHeadModel(shape)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    del model
+    load_backbone(str(tmp_path))  # what loading itself needs once
+    start = PeakMemory.now()
+    with PeakMemory(None, tmp_path) as memory:
+        backbone = load_backbone(str(tmp_path))
+    assert sum(parameter.nbytes for parameter in backbone.parameters()) == size > 100e6
+    assert memory.peak - start < 0.25 * size
