@@ -63,7 +63,7 @@ class PlanConfig:
     tflops: NumberOrNone = None
     """What each rank computes in a second, in 10^12 floating-point operations: 100 if not given, 1 without GPU."""
     network: NumberOrNone = None
-    """GB/s into each rank from other ranks: 12.5 if not given, 50 within a single node."""
+    """GB/s into each rank from other nodes, or within a single one: 12.5 and 50 if not given."""
     pcie: Number = 25.0
     """GB/s between each GPU and its host."""
     disk: Number = 3.0

@@ -86,6 +86,27 @@ def read_deepspeed_config(path: Path) -> DeepSpeedSettings:
     )
 
 
+def whole_on_each_node(
+    zero: dict[str, Any], nodes: int, ranks_of_node: int, weights: float, memory: float
+) -> dict[str, Any]:
+    """The section `zero_optimization` for a frozen backbone, which each node also holds whole if there is room, a share
+    on each of its ranks: then nothing is gathered between nodes (hpZ of ZeRO++, arXiv 2306.10209, section 3.2).
+
+    Offloaded weights stay as they are, and so does what the configuration says itself.
+
+    Args:
+        weights: bytes of the backbone.
+        memory: bytes that each rank has, of which the second share may take a quarter.
+    """
+    offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
+    if nodes < 2 or ranks_of_node < 2 or offloaded or _OF_NODE in zero or weights / ranks_of_node > memory / 4:
+        return zero
+    return zero | {_OF_NODE: ranks_of_node}
+
+
+_OF_NODE = "zero_hpz_partition_size"
+
+
 def _check_keys(option: str, config: dict[str, Any]) -> None:
     for key in ("optimizer", "scheduler", "gradient_clipping"):
         if key in config:

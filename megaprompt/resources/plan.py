@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megaprompt.config import AUTO, PlanConfig, shipped_configurations
-from megaprompt.distributed.deepspeed_config import DeepSpeedSettings, read_deepspeed_config
+from megaprompt.distributed.deepspeed_config import DeepSpeedSettings, read_deepspeed_config, whole_on_each_node
 from megaprompt.engine.schedule import groups_for, waves_for
 from megaprompt.errors import UsageError
 from megaprompt.prompting.packing import PassSize
@@ -120,7 +121,7 @@ def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
     job = Job(
         method=config.method,
         dtype=dtype,
-        zero=settings.sharding["zero_optimization"] if settings.sharding else None,
+        zero=_zero(config, settings, run.parameters * dtype.itemsize),
         ranks=ranks,
         relations=1,
         encoder=config.encoder,
@@ -138,7 +139,7 @@ def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
     need = predict(run, job)
     needed = _needed(config, need)
     traffic = _traffic(run, job, need)
-    seconds = _seconds(config, run, traffic)
+    seconds = _seconds(config, run, traffic, between_nodes=config.nodes > 1 and job.gather_among == ranks)
     reasons = _reasons(needed, available)
     name = str(deepspeed or "none")
     own = str(dtype).removeprefix("torch.")
@@ -190,9 +191,20 @@ def _reasons(needed: Mapping[Place, Mapping[str, float]], available: Mapping[Pla
     return reasons
 
 
-def _seconds(config: PlanConfig, run: Profile, traffic: Mapping[str, float]) -> float:
+def _zero(config: PlanConfig, settings: DeepSpeedSettings, weights: int) -> dict[str, Any] | None:
+    """The section `zero_optimization` as a run has it."""
+    if settings.sharding is None:
+        return None
+    zero = settings.sharding["zero_optimization"]
+    if config.method == "fine-tuning":
+        return zero
+    return whole_on_each_node(zero, config.nodes, config.gpus, weights, config.gpu_memory * 1e9)
+
+
+def _seconds(config: PlanConfig, run: Profile, traffic: Mapping[str, float], between_nodes: bool) -> float:
     """The time of a pass that is bound by the slowest of computing, network, PCIe and disk."""
-    network = config.network or (12.5 if config.nodes > 1 else 50.0)
+    within = 50.0 if config.nodes > 1 else config.network or 50.0
+    network = (config.network or 12.5) if between_nodes else within
     tflops = config.tflops or (100.0 if config.gpus else 1.0)
     return max(
         run.flops / (tflops * 1e12),
@@ -206,7 +218,7 @@ def _traffic(run: Profile, job: Job, need: Need) -> dict[str, float]:
     """Bytes that a rank receives and moves in a pass that is a whole step."""
     size, ranks = job.dtype.itemsize, job.ranks
     zero = job.zero or {}
-    others = (ranks - 1) / ranks
+    others = (job.gather_among - 1) / job.gather_among
     trained = run.parameters * size if job.method == "fine-tuning" else 0
     gathered = need.gathering.total * size if zero else 0.0
     parameters = zero.get("offload_param", {}).get("device", "none")

@@ -57,6 +57,12 @@ class Job:
     pseudo_tokens: int = 6
     on_cpu: bool = False  # devices are the host's cores
 
+    @property
+    def gather_among(self) -> int:
+        """The ranks that parameters are gathered from: all, or those of a node where it holds the whole backbone."""
+        of_node = (self.zero or {}).get("zero_hpz_partition_size", 1)
+        return of_node if of_node > 1 else self.ranks
+
 
 def predict(profile: Profile, job: Job) -> Need:
     """What one rank needs while it trains, at its peak."""
@@ -70,6 +76,8 @@ def predict(profile: Profile, job: Job) -> Need:
         share = sum(-(-numel // ranks) for numel in profile.numels)
         offload = job.zero.get("offload_param", {}).get("device", "none")
         where_parameters = {"none": device, "cpu": host, "nvme": nvme}[offload]
+        if job.gather_among < ranks:
+            share += sum(-(-numel // job.gather_among) for numel in profile.numels)
         gathered = gathering(profile, job.zero, ranks, gloo=job.on_cpu)
         if ranks > 1 or (offload != "none" and not job.on_cpu):  # else what is gathered is where it was
             device["gathered"] = gathered.peak(profile, size)

@@ -12,9 +12,10 @@ import psutil
 import torch
 
 from megaprompt.backbone import dtype_of
+from megaprompt.backbone.load import inspect_backbone
 from megaprompt.config import AUTO, PASS_TOKENS, PlanConfig, RunConfig
 from megaprompt.config.options import Dtype
-from megaprompt.distributed.deepspeed_config import read_deepspeed_config
+from megaprompt.distributed.deepspeed_config import read_deepspeed_config, whole_on_each_node
 from megaprompt.distributed.world import World, ranks_on_this_machine
 from megaprompt.errors import MegapromptError
 from megaprompt.prompting.template import Template
@@ -210,3 +211,18 @@ def settled(
     if isinstance(found, MegapromptError):
         raise found
     return cast(tuple[Path | None, str], found)
+
+
+def on_nodes(backbone: str, sharding: dict[str, Any], dtype: torch.dtype, world: World) -> dict[str, Any]:
+    """The configuration of a frozen backbone, which each node holds whole if there are several with room for it. All
+    ranks must call it.
+
+    Raises:
+        UsageError: there is no such backbone.
+    """
+    machines = Machines.of(world)
+    if machines.nodes * machines.gpus != world.size:  # on CPUs, or with other numbers of ranks on other nodes
+        return sharding
+    weights, memory = inspect_backbone(backbone)[1] * dtype.itemsize, min(world.gather(world.memory()))
+    zero = sharding["zero_optimization"]
+    return sharding | {"zero_optimization": whole_on_each_node(zero, machines.nodes, machines.gpus, weights, memory)}

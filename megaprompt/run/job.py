@@ -30,7 +30,7 @@ from megaprompt.run.checkpoints import Parts
 from megaprompt.run.context import RunContext
 from megaprompt.run.directory import SCHEMA, RunDirectory
 from megaprompt.run.environment import environment
-from megaprompt.run.fitting import settled
+from megaprompt.run.fitting import on_nodes, settled
 from megaprompt.run.material import Facts, ReadMaterial, SuperGlue
 from megaprompt.run.origin import check_same_files, command_line, digest_of_examples, digests, seeds
 from megaprompt.run.progress import ProgressFile
@@ -173,6 +173,8 @@ def _loader(
         if trainable:
             own = dtype if sharding is not None or config.dtype else torch.float32
             sharding = deepspeed.for_training(own)
+        elif sharding is not None:
+            sharding = on_nodes(config.backbone, sharding, own, world)
         random_weights = config.seed if config.control == "random-weights" else None
         backbone = load_backbone(config.backbone, own, world.device, sharding, trainable, random_weights)
         return backbone, sharding if trainable else None

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from megaprompt.cli import main
 from megaprompt.config import PlanConfig
+from megaprompt.distributed.deepspeed_config import whole_on_each_node
 from megaprompt.errors import UsageError
 from megaprompt.prompting.packing import PassSize, pack
 from megaprompt.resources.gathering import gathering
@@ -193,6 +194,28 @@ def test_time_is_bound_by_the_slowest_way():
     assert plan(replace(SMALL, tflops=1e-3), None).seconds == pytest.approx(
         1000 * plan(replace(SMALL, tflops=1), None).seconds
     )
+
+
+def test_nodes_with_room_for_the_whole_backbone_gather_within_themselves():
+    zero3 = ROOT / "ds_configs" / "zero3.json"
+    nodes = replace(SMALL, nodes=2, gpus=4)
+    near, far = (plan(replace(nodes, gpu_memory=memory), zero3) for memory in (16, 0.2))
+    assert near.bytes["device"]["parameters"] == pytest.approx(3 * far.bytes["device"]["parameters"], rel=0.01)
+    assert near.traffic["network"] == pytest.approx(far.traffic["network"] * (3 / 4) / (7 / 8), rel=0.01)
+    slow = plan(replace(nodes, tflops=1e6), zero3)
+    assert slow.seconds == pytest.approx(slow.traffic["network"] / 50e9)
+    tuned = plan(replace(nodes, method="fine-tuning"), zero3)
+    assert tuned.bytes["device"]["parameters"] < 1.1 * far.bytes["device"]["parameters"]
+
+
+def test_which_weights_a_node_holds_whole():
+    zero = {"stage": 3}
+    assert whole_on_each_node(zero, 2, 4, weights=4.0, memory=4.0) == {"stage": 3, "zero_hpz_partition_size": 4}
+    assert whole_on_each_node(zero, 1, 4, weights=4.0, memory=4.0) == zero  # nothing is gathered between nodes
+    assert whole_on_each_node(zero, 4, 1, weights=1.0, memory=4.0) == zero  # whole copies would do
+    assert whole_on_each_node(zero, 2, 4, weights=4.1, memory=4.0) == zero  # no room
+    for other in ({"offload_param": {"device": "cpu"}}, {"zero_hpz_partition_size": 2}):
+        assert whole_on_each_node(other, 2, 4, weights=4.0, memory=4.0) == other
 
 
 def test_a_directory_needs_no_weights(backbone_directory, tmp_path, capsys):
