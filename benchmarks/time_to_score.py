@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -202,9 +203,7 @@ def peft(backbone: Backbone, task: Task, allowed: Tensor, limit: float) -> Curve
             right += right_answers(run.at_targets, gold, allowed)
         return right / len(dev)
 
-    curve = learn(step, lambda: None, score, epochs(len(train), 32, 0), limit)
-    backbone.model = run.model.unload()
-    return curve
+    return learn(step, lambda: None, score, epochs(len(train), 32, 0), limit)
 
 
 def main() -> None:
@@ -229,7 +228,8 @@ def main() -> None:
     found, seconds = {}, {}
     for method in ("p-tuning", "best"):
         found[method], seconds[method] = ours(backbone, tasks, size, best=method == "best")
-        print(f"{method}: {seconds[method]:.1f} s", flush=True)
+        told = {name: [(round(at, 1), round(score, 3)) for at, score in c.points] for name, c in found[method].items()}
+        print(f"{method}: {seconds[method]:.1f} s {told}", file=sys.stderr, flush=True)
     target = {name: args.share * curve.best for name, curve in found["p-tuning"].items()}
     times = {method: [curves[name].reached(target[name]) for name in tasks] for method, curves in found.items()}
     ours_per_relation = max(time for time in times["p-tuning"] if time is not None) / len(tasks)
@@ -237,7 +237,7 @@ def main() -> None:
         found[method] = {}
         for name, task in tasks.items():
             found[method][name] = run(backbone, task, allowed, cut * ours_per_relation)
-            print(f"{method} {name}: {found[method][name].points[-1:]}", flush=True)
+            print(f"{method} {name}: {found[method][name].points[-1:]}", file=sys.stderr, flush=True)
         times[method] = [found[method][name].reached(target[name]) for name in tasks]
     print(
         json.dumps(
