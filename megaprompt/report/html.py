@@ -35,6 +35,7 @@ from megaprompt.report.comparison import Comparison, compare
 from megaprompt.report.controls import control_sections
 from megaprompt.report.predictions import read_answers
 from megaprompt.report.runs import Run, Scoring, backbone_name, beside, known, percent, plural, points, read_run
+from megaprompt.report.sizes_chart import sizes_chart
 from megaprompt.report.superglue import SuperGlueTable, superglue_table
 from megaprompt.report.superglue_chart import averages_chart
 from megaprompt.report.superglue_formats import (
@@ -198,7 +199,8 @@ def _joint_figures(table: Table2, found: SuperGlueTable | None) -> dict[str, Fig
         return {}
     averages = averages_chart(found) if found else None
     first = {"averages": averages} if averages else {} if found else {"types": types_chart(table)}
-    return {**first, "relations": relations_chart(table)}
+    sizes = None if found else sizes_chart(table)
+    return {**({"sizes": sizes} if sizes else {}), **first, "relations": relations_chart(table)}
 
 
 def _answers(table: Table2) -> tuple[list[Comparison], Browsed | None]:

@@ -5,8 +5,10 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from megaprompt.report.charts import learning_chart, relations_chart, scores_chart, types_chart
+from megaprompt.report.sizes_chart import sizes_chart
 from megaprompt.report.table2 import Table2
 from tests.report.made_up import change, joined, log_line, make_results
 
@@ -120,3 +122,52 @@ def test_charts_show_means_and_deviations(make_run):
     assert marks["p-tuning"].lines[0].get_xdata() == pytest.approx([60])
     (whisker,) = marks["p-tuning"].lines[2][0].get_segments()
     assert np.ptp(whisker[:, 0]) == pytest.approx(2 * 200**0.5)
+
+
+def of_size(run, parameters):
+    change(run, lambda results: results["backbone"].update(parameters=parameters))
+    return run
+
+
+def test_scores_by_the_size_of_the_model(make_run):
+    methods = ("majority", "manual", "best", "p-tuning")
+    scores = {size: {m: {"P1": 0.1 * i + size / 1e12} for i, m in enumerate(methods)} for size in (135e6, 11e9, 3e8)}
+    runs = [
+        of_size(make_run(f"{size:.0f}", of, f"hub/a model of {size:.0f}"), int(size)) for size, of in scores.items()
+    ]
+    figure = sizes_chart(joined(*runs))
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    lines = [container.lines[0] for container in axes.containers]
+    assert [list(line.get_xdata()) for line in lines] == [[135e6, 3e8, 11e9]] * len(methods)
+    assert lines[1].get_ydata() == pytest.approx([10.0135, 10.03, 11.1])
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == [
+        "a model of 135000000",
+        "a model of 300000000",
+        "a model of 11000000000",
+        *methods[:2],
+        "best",
+        "p-tuning",
+    ]
+    assert {"200M", "10B"} <= {label.get_text() for label in axes.get_xticklabels()}
+
+
+def test_models_of_one_size_have_no_such_chart(make_run):
+    runs = [make_run(name, {"manual": {"P1": 0.5}}, name) for name in ("one", "two")]
+    assert sizes_chart(joined(*runs)) is None
+    of_size(runs[0], None)  # as versions before wrote
+    assert sizes_chart(joined(*runs)) is None
+
+
+def test_names_of_methods_with_the_same_score_stand_apart(make_run):
+    methods = ("manual", "in-context", "p-tuning", "best")
+    runs = [of_size(make_run(str(n), {m: {"P1": 0.5} for m in methods}, str(n)), n * 10**8) for n in (1, 2)]
+    figure = sizes_chart(joined(*runs))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [
+        text.get_window_extent(canvas.get_renderer()) for text in figure.axes[0].texts if text.get_text() in methods
+    ]
+    assert len(boxes) == 4
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
