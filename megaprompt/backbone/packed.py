@@ -49,7 +49,9 @@ class PackedModel(nn.Module):
             raise MegapromptError(f"{type(model).__name__} has no output layer over tokens; give another backbone")
         _fuse_rms_norms(model)
         self.model = model.eval().requires_grad_(trainable)
-        self.hidden_size = cast(nn.Embedding, model.get_input_embeddings()).embedding_dim
+        self.embedding_size = cast(nn.Embedding, model.get_input_embeddings()).embedding_dim  # of what goes in
+        config = model.config.get_text_config()  # OPT's smallest makes its hidden states smaller at the end
+        self.hidden_size: int = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
         self.causal = language_model(model.config) is AutoModelForCausalLM
         self._first_position = 0 if self.causal else _first_position(model)
         self._targets: Tensor | None = None

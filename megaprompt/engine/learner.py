@@ -256,7 +256,7 @@ def _new_encoder(
     dtype = torch.float64 if backbone.model.dtype == torch.float64 else torch.float32
     return new_prompt_encoder(
         data.num_pseudo_tokens,
-        backbone.hidden_size,
+        backbone.embedding_size,
         kind,
         seed=seed,
         relation=data.task,

@@ -94,7 +94,7 @@ def train_step(
     if outputs is not None:
         prompts = outputs.detach().requires_grad_()
     elif weights is None:  # nothing to train here, but this rank's part of the backbone is still needed
-        prompts = torch.zeros(1, at.backbone.hidden_size, device=at.backbone.device, requires_grad=True)
+        prompts = torch.zeros(1, at.backbone.embedding_size, device=at.backbone.device, requires_grad=True)
     with nullcontext() if weights is None else weights.learning(*_seed(learners[0])):
         losses = _losses(at, batches, prompts, weights)
     gradient = torch.zeros(0)

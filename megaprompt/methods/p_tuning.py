@@ -106,7 +106,7 @@ class PTuning:
         """How many encoders, at least one on each rank, fit with gradients and Adam into half of the free memory. (16
         bytes for each parameter: at 11B, an LSTM encoder takes 2.1 GB.)"""
         pseudo_tokens = max(one.template.num_pseudo_tokens for one in those)
-        parameters = number_of_parameters(pseudo_tokens, context.backbone.hidden_size, self.encoder)
+        parameters = number_of_parameters(pseudo_tokens, context.backbone.embedding_size, self.encoder)
         fitting = context.world.free_memory() // 2 // (16 * max(1, parameters))
         return (self.groups or context.world.size) * max(1, fitting)
 

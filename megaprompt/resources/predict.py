@@ -87,7 +87,7 @@ def predict(profile: Profile, job: Job) -> Need:
     where_parameters["parameters"] = share * size
     if job.method == "p-tuning":
         device["encoders"] = (
-            job.relations * 16 * number_of_parameters(job.pseudo_tokens, profile.hidden_size, job.encoder)
+            job.relations * 16 * number_of_parameters(job.pseudo_tokens, profile.embedding_size, job.encoder)
         )
     elif job.zero is None:
         device["gradients"] = share * size

@@ -67,7 +67,7 @@ class Profile:
 
     numels: tuple[int, ...]  # elements of each parameter
     trace: tuple[tuple[int, ...], ...]  # the parameters of each module, in the order of the forward pass
-    hidden_size: int
+    embedding_size: int  # of a vector that goes in
     tokens: int  # in the pass
     saved: tuple[int, ...]  # bytes kept for the backward pass when each module of the trace begins
     activations: int  # bytes at the peak, saved and temporary, without the parameters' gradients
@@ -174,7 +174,7 @@ def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Pro
             if trainable:  # ZeRO-3 hands gradients on as they come
                 parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         inputs = batch.map(fake.from_tensor)
-        prompts = None if trainable else torch.zeros(6 * work.relations, model.hidden_size, requires_grad=True)
+        prompts = None if trainable else torch.zeros(6 * work.relations, model.embedding_size, requires_grad=True)
         gold = torch.zeros(len(queries), dtype=torch.int64)
         known = [*parameters, *model.buffers(), *filter(torch.is_tensor, vars(inputs).values())]
         with FlopCounterMode(display=False) as flops, _Allocations(known) as allocations:
@@ -183,7 +183,7 @@ def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Pro
     return Profile(
         numels=tuple(parameter.numel() for parameter in parameters),
         trace=tuple(tuple(parameters[p] for p in module.parameters(recurse=False)) for module in trace),
-        hidden_size=model.hidden_size,
+        embedding_size=model.embedding_size,
         tokens=inputs.token_ids.numel(),
         saved=tuple(saved),
         activations=allocations.peak,

@@ -41,10 +41,10 @@ def backbone_for(prompts: Sequence[SavedPrompt], name: str | None, dtype: str | 
     precision = dtype_of(dtype, world.device)
     backbone = load_backbone(name or spec, precision, world.device, random_weights=random_weights)
     for prompt in prompts:
-        if prompt.vectors.shape[1] != backbone.hidden_size:
+        if prompt.vectors.shape[1] != backbone.embedding_size:
             raise MegapromptError(
                 f"{prompt.path}: has vectors of {prompt.vectors.shape[1]} numbers, where {backbone.name} has "
-                f"{backbone.hidden_size}; give the --backbone that they were learned on"
+                f"{backbone.embedding_size}; give the --backbone that they were learned on"
             )
         if prompt.fingerprint not in ("", backbone.fingerprint):
             raise MegapromptError(

@@ -64,7 +64,7 @@ class _Checks:
     def __init__(self, config: RunConfig, read: ReadMaterial) -> None:
         self.config, self._read = config, read
         self.material: Material | None = None  # this and the others as far as they are known
-        self.hidden_size = self.parameters = 0
+        self.embedding_size = self.parameters = 0
         self.causal = True
 
     def versions(self) -> str:
@@ -87,7 +87,7 @@ class _Checks:
         return ", ".join([*about, sharding])
 
     def backbone(self) -> str:
-        self.hidden_size, self.parameters, about = inspect_backbone(self.config.backbone)
+        self.embedding_size, self.parameters, about = inspect_backbone(self.config.backbone)
         self.causal = is_causal(self.config.backbone)
         return about
 
@@ -114,7 +114,7 @@ class _Checks:
         except OSError as error:
             raise MegapromptError(f"--out {config.out}: cannot write into {where} ({error.strerror})") from error
         needed = 0
-        if self.hidden_size and {"p-tuning", "best"} & set(config.columns):
+        if self.embedding_size and {"p-tuning", "best"} & set(config.columns):
             # With Adam's two averages, in single precision, of the tasks of one wave.
             sizes = sorted((3 * 4 * self._parameters(template) for template in self.templates), reverse=True)
             waves = 1 if self._known is None else self._known.waves
@@ -135,7 +135,7 @@ class _Checks:
 
     def _parameters(self, template: Template) -> int:
         """Of the encoder of a learned prompt."""
-        return number_of_parameters(template.num_pseudo_tokens, self.hidden_size, self.config.encoder)
+        return number_of_parameters(template.num_pseudo_tokens, self.embedding_size, self.config.encoder)
 
     @cached_property
     def _machines(self) -> Machines | None:

@@ -46,7 +46,7 @@ class SavedPrompt:
     ) -> SavedPrompt:
         """What was learned on a backbone, or text alone, with its metrics on dev; `about` has the relation, template,
         label, data."""
-        kept = kept or Prompt(torch.zeros(0, backbone.hidden_size))
+        kept = kept or Prompt(torch.zeros(0, backbone.embedding_size))
         names = {"backbone": backbone.name, "fingerprint": backbone.fingerprint, **about}
         if backbone.random_weights is not None:
             names["random_weights"] = str(backbone.random_weights)

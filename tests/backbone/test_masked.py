@@ -129,7 +129,7 @@ def test_logits_and_gradients_equal_the_plain_forward(make_backbone, kind, row_t
     template = Template.parse("<3> [X] capital <2>[Y]<1> .")
     queries = [template.render({"X": subject}, encoder) for subject, _ in PAIRS["P36"]]
     queries += [Template.parse(TEMPLATES["P36"]).render({"X": subject}, encoder) for subject, _ in PAIRS["P36"][:4]]
-    prompts = torch.randn(6, backbone.hidden_size, dtype=torch.float64, requires_grad=True)
+    prompts = torch.randn(6, backbone.embedding_size, dtype=torch.float64, requires_grad=True)
     batch = pack(queries, row_tokens)
     packed = backbone(batch, prompts)[batch.target_of_query]
     weights = torch.randn_like(packed)
@@ -139,6 +139,18 @@ def test_logits_and_gradients_equal_the_plain_forward(make_backbone, kind, row_t
     (expected,) = torch.autograd.grad((plain * weights).sum(), prompts)
     torch.testing.assert_close(packed, plain, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_heads_are_as_wide_as_hidden_states(make_backbone, kind):
+    """ALBERT's input vectors are not."""
+    backbone = make_backbone(kind)
+    batch = pack([Query((2, 7, 4, 3), (0, 2), bidirectional=True)], 16)
+    states = backbone(batch, None, "hidden")
+    assert states.shape == (2, backbone.hidden_size) == (2, 32)
+    prompts = torch.zeros(1, backbone.embedding_size, dtype=torch.float64)
+    asked = pack([Query((2, -1, 4, 3), (2,), bidirectional=True)], 16)
+    assert backbone(asked, prompts).shape[1] == backbone.vocabulary_size
 
 
 def test_rows_are_blocks_and_equal_queries_are_computed_once():
@@ -203,7 +215,7 @@ def test_other_architectures_are_computed_exactly(tokenizer, data_directory, tmp
     assert size == PassSize(row_tokens, 64)
     template = Template.parse("<1> [X] capital <2>[Y] .")
     queries = [template.render({"X": subject}, backbone.text_encoder()) for subject, _ in PAIRS["P36"]]
-    prompts = torch.randn(3, backbone.hidden_size, dtype=torch.float64)
+    prompts = torch.randn(3, backbone.embedding_size, dtype=torch.float64)
     batch = pack(queries, row_tokens)
     found = backbone(batch, prompts)[batch.target_of_query]
     torch.testing.assert_close(found, plain_logits(backbone, queries, prompts), rtol=1e-5, atol=1e-5)
@@ -239,7 +251,7 @@ def test_a_checkpoint_without_output_layer_is_refused(make_backbone, tokenizer, 
 
 def test_prompts_are_as_wide_as_embeddings(directory):
     loaded = load_backbone(str(directory))
-    assert inspect_backbone(str(directory))[:2] == (loaded.hidden_size, sum(p.numel() for p in loaded.parameters()))
+    assert inspect_backbone(str(directory))[:2] == (loaded.embedding_size, sum(p.numel() for p in loaded.parameters()))
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("bert-base", 108_340_804), ("roberta-base", 124_697_433)])
