@@ -114,6 +114,8 @@ class RunContext:
         title: str = "",
         own_progress: bool = False,
     ) -> Mapping[str, Mapping[str, dict[str, Any]]]:
+        if all(column in self.results["methods"] for column in columns):
+            return {column: self.rows(column) for column in columns}
         title = title or " and ".join(columns)
         unfinished = self.results.setdefault("unfinished", {})
         rows = {column: unfinished.setdefault(column, {}) for column in columns}

@@ -209,6 +209,26 @@ def test_an_interrupted_run_goes_on_exactly(superglue, tmp_path, monkeypatch, ta
     assert one == other
 
 
+def test_what_was_made_of_complete_columns_is_made_again(superglue, tmp_path, monkeypatch):
+    """The mean of patterns is not yet on the disk when the next method is interrupted in its first task."""
+    chosen = ("--tasks", "RTE,CB", "--methods", "best-manual,in-context")
+    assert superglue(*chosen, out="whole") == 0
+    entered = []
+
+    @contextmanager
+    def in_the_second_method():
+        entered.append(1)
+        yield lambda: len(entered) > 1
+
+    with monkeypatch.context() as patched:
+        patched.setattr("megaprompt.run.context.stop_signals", in_the_second_method)
+        assert superglue(*chosen) == 130
+    assert main(["superglue", "--resume", "--out", str(tmp_path / "run")]) == 0
+    whole, resumed = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole", "run"))
+    assert "mean of patterns" in resumed["methods"]
+    assert resumed["methods"] == whole["methods"]
+
+
 def test_what_a_run_would_do_is_checked(superglue, tmp_path, capsys):
     assert superglue("--check", "--tasks", "rte,multirc") == 0
     printed = capsys.readouterr().out
