@@ -25,6 +25,7 @@ SCRIPT=slurm/bear.sh
 
 [[ ${1:-} && $1 != -* ]] || usage "$0"
 IFS=, read -ra models <<<"$1"
+not_given --backbone "models as the first argument" "${@:2}"
 arguments=(--data "${BEAR:-data/bear}" --methods manual --deepspeed auto "${@:2}")
 out=$(run_directory runs/bear "${@:2}")
 

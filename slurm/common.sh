@@ -26,6 +26,15 @@ run_directory() {
   echo "$out"
 }
 
+# not_given OPTION INSTEAD ARGUMENTS...: end if an option is given that each task of an array gets from its script.
+not_given() {
+  local option=$1 instead=$2 argument
+  shift 2
+  for argument in "$@"; do
+    [[ $argument != "$option" && $argument != "$option="* ]] || die "$option: give $instead instead"
+  done
+}
+
 # asked_for SCRIPT: nodes and ranks of each, as NODES*RANKS, that the script and SBATCH_OPTIONS ask for. With GPU_MEMORY and
 # HOST_MEMORY of site.env the check on a login node judges by them whether the run fits.
 asked_for() {

@@ -27,6 +27,9 @@ SCRIPT=slurm/lama_table2.sh
 
 [[ ${1:-} && $1 != -* ]] || usage "$0"
 IFS=, read -ra backbones <<<"$1"
+not_given --backbone "backbones as the first argument" "${@:2}"
+not_given --methods 'METHODS="manual,p-tuning fine-tuning"' "${@:2}"
+not_given --seed 'SEEDS="0 1 2"' "${@:2}"
 arguments=(--data "${DATA:-data/lama}" --deepspeed auto "${@:2}")
 out=$(run_directory runs/lama_table2 "${@:2}")
 export METHODS=${METHODS:-manual,p-tuning fine-tuning manual+fine-tuning} SEEDS=${SEEDS:-0}

@@ -26,6 +26,10 @@ SCRIPT=slurm/superglue.sh COMMAND=superglue PARTS=1
 
 [[ ${1:-} && $1 != -* ]] || usage "$0"
 IFS=, read -ra backbones <<<"$1"
+not_given --backbone "backbones as the first argument" "${@:2}"
+not_given --methods 'METHODS="manual,p-tuning fine-tuning"' "${@:2}"
+not_given --seed 'SEEDS="0 1 2"' "${@:2}"
+not_given --tasks 'TASKS="cb rte"' "${@:2}"
 arguments=(--data "${SUPERGLUE:-data/fewglue}" --deepspeed auto "${@:2}")
 out=$(run_directory runs/superglue "${@:2}")
 export METHODS=${METHODS:-manual,in-context,p-tuning} SEEDS=${SEEDS:-0}

@@ -14,7 +14,7 @@ DRAWS = 3
 
 def chosen_demonstrations(context: Context, task: Task) -> list[Tried]:
     """Numbers and draws of demonstrations from train, the best on dev first."""
-    template, train = task.manual_template, len(task.examples["train"])
+    template, train = task.manual_template, len(task.showable)
     wordings = [Wording(template, (), {"demonstrations": 0, "draw": None})]
     for count in COUNTS:
         for draw in range(DRAWS if count <= train else 0):

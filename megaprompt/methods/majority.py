@@ -23,4 +23,6 @@ class Majority:
             score = next(iter(task.objective.metrics))
             about = {"type": task.type, "facts": len(task.examples["test"]), "epochs": None}
             rows[name] = about | metrics["test"] | {f"dev_{score}": metrics["dev"][score]}
+            if constant := task.objective.constant(task.examples["test"]):
+                rows[name]["constant"] = constant
         context.baseline("majority", rows)

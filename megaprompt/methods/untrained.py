@@ -55,7 +55,7 @@ def drawn(task: Task, count: int, draw: int, seed: int) -> tuple[int, ...]:
 
     The last demonstrations, next to the question, are those that all numbers have in common.
     """
-    order = list(range(len(task.examples["train"])))
+    order = list(task.showable)
     random.Random(seed_of(seed, task.name, "demonstrations", draw)).shuffle(order)
     return tuple(reversed(order[:count]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -36,8 +37,10 @@ Settings = dict[str, dict[str, Any]]  # backbone, facts, and each method that ha
 def setups_of(runs: Iterable[Run]) -> list[tuple[Settings, list[Run]]]:
     """Runs that differ only in the seed, or in methods, and what they have in common: a pair for each row."""
     setups: list[tuple[Settings, list[Run]]] = []
+    runs = list(runs)
+    everywhere = set.intersection(*(set(run.results["data"]["relations"]) for run in runs)) if runs else set()
     for run in runs:
-        settings = _settings(run)
+        settings = _settings(run) | _examples(run, everywhere)
         for of_row, members in setups:
             # A run that only fine-tunes may stand beside one that learns prompts.
             if all(of_row[part] == settings[part] for part in of_row.keys() & settings.keys()):
@@ -73,7 +76,7 @@ def _settings(run: Run) -> Settings:
             for key in ("limit_facts", "limit_examples", "setting", "select_on", "patterns", "bos")
         },
     }
-    if options["limit_facts"] is not None:
+    if options["limit_facts"] or options["limit_examples"] or options["setting"] == "full":
         settings["facts"]["data_seed"] = options["data_seed"]
     for method, keys in _SETTINGS.items():
         if run.results["methods"].get(method):
@@ -88,6 +91,12 @@ def _settings(run: Run) -> Settings:
     return settings
 
 
+def _examples(run: Run, names: Iterable[str]) -> Settings:
+    """A part that tells whether runs asked the same of some relations; empty if they do not say."""
+    asked = [run.results["data"]["relations"][name].get("sha256", "") for name in sorted(names)]
+    return {"examples": {"examples": hashlib.sha256("".join(asked).encode()).hexdigest()[:8]}} if all(asked) else {}
+
+
 def label_of(settings: Settings, all_settings: Sequence[Settings]) -> str:
     """The backbone's name, and what tells its row from others of the same name."""
     like = [other for other in all_settings if other["backbone"]["name"] == settings["backbone"]["name"]]
@@ -96,6 +105,8 @@ def label_of(settings: Settings, all_settings: Sequence[Settings]) -> str:
         others = [other[part] for other in like if part in other]
         for key, value in options.items():
             several = len({str(other[key]) for other in others if key in other}) > 1
+            if key == "examples" and any(each.startswith("data-seed") for each in told):
+                continue  # which is why they differ
             if several or (key == "run" and len(like) > 1):  # nothing else is known of a run without configuration
                 told[f"{key.replace('_', '-')} {'not given' if value is None else value}"] = None
     name = settings["backbone"]["name"]

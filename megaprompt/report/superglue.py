@@ -90,18 +90,20 @@ class Block:
     lines: list[Line]
     cited: CitedTable | None
     rte: list[ByPattern]
+    constant: Mapping[Column, float]  # what always giving the same answer scores at best, as far as runs tell, %
 
     def best(self, column: Column) -> set[str]:
         """The methods with the highest value of a column, to the digits that are shown."""
         means = {line.method: line.values[column].mean for line in self.lines}
         return leaders({method: mean for method, mean in means.items() if math.isfinite(mean)})
 
-    def no_better_than_majority(self, line: Line, column: Column) -> bool:
-        """Whether always giving the most frequent answer is as good."""
+    def no_better_than_constant(self, line: Line, column: Column) -> bool:
+        """Whether always giving the same answer is as good."""
         majority = next((each for each in self.lines if each.method == "majority"), None)
         if majority is None or line is majority:
             return False
-        return round(line.values[column].mean, 1) <= round(majority.values[column].mean, 1)
+        floor = max(majority.values[column].mean, self.constant.get(column, -math.inf))
+        return round(line.values[column].mean, 1) <= round(floor, 1)
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,25 @@ def superglue_table(table: Table2) -> SuperGlueTable | None:
         ]
         run = next((run for cell in row.cells.values() for run in cell.runs), None)
         cited = cited_table(run.results["backbone"], setting) if run and not run.control else None
-        blocks.append(Block(row.name, lines, cited, rte_by_pattern(row) if "RTE" in table.relations else []))
+        rte = rte_by_pattern(row) if "RTE" in table.relations else []
+        blocks.append(Block(row.name, lines, cited, rte, _constant(row, columns)))
     examples = {task: table.relations[task]["facts"]["test"] for task in TASKS if task in table.relations}
     return SuperGlueTable(setting, examples, columns, blocks, "chosen on the validation set" in table.data)
+
+
+def _constant(row: BackboneRow, columns: Sequence[Column]) -> dict[Column, float]:
+    """What always giving the same answer scores at best; of the average, if all tasks tell."""
+    if "majority" not in row.cells:
+        return {}
+    run, found = row.cells["majority"].runs[0], dict[Column, float]()
+    tasks = list(dict.fromkeys(task for task, _ in columns))
+    known_of = {task: run.row("majority", task).get("constant") or {} for task in tasks}
+    for task, metric in columns:
+        if metric in known_of[task]:
+            found[task, metric] = 100 * known_of[task][metric]
+    if all(known_of.values()):
+        found[AVERAGE] = 100 * float(np.mean([of["score"] for of in known_of.values()]))
+    return found
 
 
 def rte_by_pattern(row: BackboneRow) -> list[ByPattern]:

@@ -40,7 +40,7 @@ def shown_lines(table: SuperGlueTable, block: Block) -> list[tuple[str, list[Sho
     for line in block.lines:
         values = []
         for column in columns:
-            value, low = line.values[column], block.no_better_than_majority(line, column)
+            value, low = line.values[column], block.no_better_than_constant(line, column)
             values.append(Shown(value.text + LOW * low, value.interval_text, line.method in best[column] and not low))
         lines.append((line.heading, values))
     for cited in block.cited.lines if block.cited else ():
@@ -73,9 +73,9 @@ def legend_of(table: SuperGlueTable) -> list[str]:
         sentences.append(f"±: standard deviation over {over} seeds.")
     if methods & {*OVER_PATTERNS}:
         sentences.append("±, of means of patterns: standard deviation over patterns.")
-    if any(block.no_better_than_majority(line, column) for block in table.blocks for line in block.lines
+    if any(block.no_better_than_constant(line, column) for block in table.blocks for line in block.lines
            for column in line.values):  # fmt: skip
-        sentences.append(f"{LOW.strip()} Not above always giving the most frequent answer of train.")
+        sentences.append(f"{LOW.strip()} Not above always giving the same answer.")
     if table.chosen_on_test:
         sentences.append(
             "What was best on these examples was chosen (--select-on validation): other examples score less."

@@ -274,8 +274,8 @@ def _notes_on_counts(rows: Sequence[BackboneRow], scoring: Scoring) -> list[str]
     if len(set().union(*counts.values())) <= 1:
         return []
     told = ", ".join(f"{name} {' or '.join(map(str, sorted(n)))}" for name, n in counts.items() if n)
-    why = "an object has to be one token of the backbone, and --limit-facts may differ"
-    return [
-        f"The rows have different numbers of test {scoring.items} ({told}): {why}. Compare backbones with a "
-        "vocabulary that they share."
-    ]
+    why = "--limit-examples, or their data, may differ."
+    if scoring.items == "facts":
+        why = "an object has to be one token of the backbone, and --limit-facts may differ. Compare backbones with a "
+        why += "vocabulary that they share."
+    return [f"The rows have different numbers of test {scoring.items} ({told}): {why}"]

@@ -150,6 +150,10 @@ class Objective(ABC):
             right = sum(example.gold == best for example in examples) / len(examples)
         return dict.fromkeys(self.metrics) | {next(iter(self.metrics)): right}
 
+    def constant(self, examples: Sequence[Example]) -> dict[str, float]:
+        """The best that any single answer scores if it is always given, by metric; empty where nobody asks for it."""
+        return {}
+
     @abstractmethod
     def describe(self, example: Example, answers: Answers, i: int) -> dict[str, Any]:
         """The answer to one example, ready for JSON: `right`, or `rank`, and whatever else helps to judge it."""

@@ -150,6 +150,11 @@ class Task:
         """
         return "".join(f"{self.manual_template.fill(each.fields, each.answer)}\n" for each in examples)
 
+    @property
+    def showable(self) -> Sequence[int]:
+        """The places in train of examples that can be demonstrations, since their answers are known."""
+        return range(len(self.examples["train"]))
+
     def shown(self, places: Sequence[int]) -> str:
         """The demonstrations that stand in these places of train."""
         return self.demonstrations([self.examples["train"][i] for i in places])

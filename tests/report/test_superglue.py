@@ -14,7 +14,7 @@ from megaprompt.report.cited_superglue import CITED, COLUMNS, cited_table
 from megaprompt.report.intervals import SAMPLES, interval, samples_of
 from megaprompt.report.superglue import AVERAGE, superglue_table
 from megaprompt.report.superglue_formats import legend_of
-from tests.report.made_up import Page, joined, make_results, markdown_rows
+from tests.report.made_up import Page, change, joined, make_results, markdown_rows
 
 METRICS = {"score": "score", "accuracy": "accuracy", "macro_f1": "F1", "em": "EM", "f1a": "F1a"}
 TASKS = ("BoolQ", "CB", "COPA", "MultiRC", "RTE", "WSC", "WiC")
@@ -191,3 +191,23 @@ def test_an_interval_is_as_wide_as_the_binomials():
     assert len(samples) == SAMPLES
     low, high = interval(samples)
     assert (low, high) == pytest.approx((0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.01)
+
+
+def test_what_any_constant_answer_scores_is_marked(make_run):
+    """Also where the most frequent answer of train is the wrong one, as always No on MultiRC."""
+    run = make_run("a", {"majority": 0.0, "manual": 0.3})
+    constant = {"MultiRC": {"score": 0.3, "em": 0.01, "f1a": 0.59}, "RTE": {"score": 0.2, "accuracy": 0.2}}
+
+    def add(results):
+        for task, found in constant.items():
+            results["methods"]["majority"]["relations"][task]["constant"] = found
+
+    change(run, add)
+    [block] = superglue_table(joined(run)).blocks
+    manual = next(line for line in block.lines if line.method == "manual")
+    marked = {column for column in manual.values if block.no_better_than_constant(manual, column)}
+    assert marked == {("MultiRC", "f1a")}
+    constant |= {task: {"score": 0.4} for task in TASKS if task not in constant}
+    change(run, add)
+    [block] = superglue_table(joined(run)).blocks
+    assert block.no_better_than_constant(manual, AVERAGE), "30 on average, where constant answers have 36"

@@ -60,6 +60,19 @@ def test_other_facts_are_no_other_seed(make_run):
     assert rows(limit_facts=10) == ["tiny (data-seed 0)", "tiny (data-seed 1)"]
 
 
+def test_runs_on_other_facts_are_no_other_seed(make_run):
+    """Whatever made them others; the results tell what was asked."""
+    runs = [make_run(f"{i}", {"manual": {"P36": 0.5, "P30": 0.5}}, seed=i) for i in range(3)]
+    for i, run in enumerate(runs):
+        change(run, lambda results, i=i: results["data"]["relations"]["P36"].update(sha256=f"{i // 2}"))
+        change(run, lambda results: results["data"]["relations"]["P30"].update(sha256="same"))
+    table = joined(*runs)
+    assert [len(row.cells["manual"].runs) for row in table.rows] == [2, 1]
+    assert all(row.name.startswith("tiny (examples ") for row in table.rows)
+    change(runs[2], lambda results: results["data"]["relations"].pop("P36"))  # then the others are over P30 alone
+    assert [row.name for row in joined(*runs).rows] == ["tiny"]
+
+
 def test_micro_counts_facts(make_run):
     run = make_run("a", {"manual": {"P36": 0.5, "P30": 1.0}})
     change(run, lambda results: results["methods"]["manual"]["relations"]["P30"].update(facts=120))

@@ -54,3 +54,21 @@ def test_without_backbones_there_is_help(script):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert f"bash slurm/{script}" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "instead"),
+    [
+        ("superglue.sh", "--tasks", "TASKS="),
+        ("superglue.sh", "--methods=manual", "METHODS="),
+        ("lama_table2.sh", "--seed", "SEEDS="),
+        ("bear.sh", "--backbone", "first argument"),
+    ],
+)
+def test_options_that_tasks_get_from_the_script_are_refused(script, option, instead):
+    """They would be overridden without a word."""
+    command = ["bash", f"slurm/{script}", "gpt2", option, "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert option.split("=")[0] in done.stderr
+    assert instead in done.stderr

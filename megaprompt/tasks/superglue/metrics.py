@@ -21,21 +21,24 @@ class Metrics:
     Args:
         headings: of all but the score, by name.
         compute: gets the answers [I] and the right ones [I], classes from 0, and the groups of the examples.
+        stops_on: none of which may fall on dev (`engine.best`), accuracy among them; those in `headings` if empty.
     """
 
     headings: dict[str, str]
     compute: Callable[[Tensor, Tensor, Groups], tuple[float, ...]]
+    stops_on: tuple[str, ...] = ()
 
     @property
     def names(self) -> dict[str, str]:
         return {"score": "score", **self.headings}
 
     def __call__(self, said: Tensor, gold: Tensor, groups: Groups) -> dict[str, float]:
-        """All metrics, by name; not a number if nothing was asked."""
+        """All metrics, and the accuracy, by name; not a number if nothing was asked."""
         if not len(gold):
-            return dict.fromkeys(self.names, float("nan"))
+            return dict.fromkeys([*self.names, "accuracy"], float("nan"))
         values = self.compute(said, gold, groups)
-        return {"score": sum(values) / len(values), **dict(zip(self.headings, values, strict=True))}
+        named = dict(zip(self.headings, values, strict=True))
+        return {"score": sum(values) / len(values), "accuracy": accuracy(said, gold), **named}
 
 
 def accuracy(said: Tensor, gold: Tensor) -> float:
@@ -69,6 +72,9 @@ ACCURACY_AND_F1 = Metrics(
 )
 """CB's."""
 EM_AND_F1A = Metrics(
-    {"em": "EM", "f1a": "F1a"}, lambda said, gold, groups: (exact_match(said, gold, groups), f1(said, gold, 1))
+    {"em": "EM", "f1a": "F1a"},
+    lambda said, gold, groups: (exact_match(said, gold, groups), f1(said, gold, 1)),
+    stops_on=("accuracy", "f1a"),
 )
-"""MultiRC's: of the questions, all of whose answers have to be right, and of the answers together."""
+"""MultiRC's: of the questions, all of whose answers have to be right, and of the answers together. The paper's code
+stops by the accuracy of the answers."""

@@ -29,7 +29,7 @@ class OneOfSeveral(Objective):
 
     @property
     def together(self) -> tuple[str, ...]:
-        return tuple(self.kind.metrics.headings)
+        return self.kind.metrics.stops_on or tuple(self.kind.metrics.headings)
 
     def said(self, answers: Answers) -> Tensor:
         """The answers [I]."""
@@ -59,6 +59,12 @@ class OneOfSeveral(Objective):
             return dict.fromkeys(self.metrics)
         best = min(counts, key=lambda gold: (-counts[gold], gold))
         return dict(self._measured(torch.full((len(examples),), best), examples))
+
+    def constant(self, examples: Sequence[Example]) -> dict[str, float]:
+        always = [
+            self._measured(torch.full((len(examples),), answer), examples) for answer in range(len(self.kind.labels))
+        ]
+        return {metric: max(scores[metric] for scores in always) for metric in self.metrics}
 
     def describe(self, example: Example, answers: Answers, i: int) -> dict[str, Any]:
         said = int(self.said(answers)[i])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import random
 from collections.abc import Mapping, Sequence
 
 from megaprompt.backbone import Backbone
 from megaprompt.errors import UsageError
 from megaprompt.prompting.query import Query
 from megaprompt.prompting.template import Template
+from megaprompt.seeds import seed_of
 from megaprompt.tasks.objective import Answers, Objective
 from megaprompt.tasks.superglue.confident import ConfidentFirst
 from megaprompt.tasks.superglue.kinds import KINDS
@@ -22,6 +24,7 @@ from megaprompt.tasks.task import Example, Instance, Task, Way
 
 logger = logging.getLogger(__name__)
 
+_SPARE = 3  # masks, at most, with which a masked model learns that they stay empty
 _CHOICE = "choice"
 """The field in which a classifier reads a candidate."""
 
@@ -103,8 +106,11 @@ def _objective(data: TaskData, pattern: Pattern, backbone: Backbone) -> Objectiv
     def length(text: str) -> int:
         return len(tokenization.encode([f" {text}"], is_start=False)[0])
 
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenization.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
     longest = max(length(example.given or "") for split in ("dev", "test") for example in data.examples[split])
-    return Written(kind, length, lambda tokens: str(tokenization.tokenizer.decode(list(tokens))), longest)
+    return Written(kind, length, decode, longest, tokenization.tokenizer.pad_token_id)
 
 
 class SuperGlueTask(Task):
@@ -134,9 +140,12 @@ class SuperGlueTask(Task):
 
     def demonstrations(self, examples: Sequence[Example]) -> str:
         assert isinstance(self.objective, OneOfSeveral)
-        answers = (self.objective.text_of(example) for example in examples)
-        told = [each._replace(answer=text) for each, text in zip(examples, answers, strict=True) if text is not None]
-        return super().demonstrations(told)
+        return super().demonstrations([each._replace(answer=self.objective.text_of(each) or "") for each in examples])
+
+    @property
+    def showable(self) -> Sequence[int]:
+        assert isinstance(self.objective, OneOfSeveral)
+        return [i for i, each in enumerate(self.examples["train"]) if self.objective.text_of(each) is not None]
 
 
 class WrittenTask(SuperGlueTask):
@@ -152,18 +161,37 @@ class WrittenTask(SuperGlueTask):
             )
 
     def training_instances(self, template: Template, before: str = "") -> list[Instance]:
-        right = (example for example in self.examples["train"] if example.gold)
+        right = [example for example in self.examples["train"] if example.gold]
         given = (example._replace(candidates=(example.given or "",)) for example in right)
-        return [self.instance(example, template, before) for example in given]
+        found = (self.instance(example, template, before) for example in given)
+        return [self._with_spare_masks(one, example) for one, example in zip(found, right, strict=True)]
+
+    def _with_spare_masks(self, instance: Instance, example: Example) -> Instance:
+        """A masked model also learns to leave masks empty, of which it has more than it needs when it is asked: up to
+        three, as in the original code, which draws their number anew in every epoch."""
+        [query] = instance.queries
+        spare = random.Random(seed_of("spare masks", *example.key)).randrange(_SPARE + 1)
+        if not query.bidirectional or self.objective.pad is None or not spare:
+            return instance
+        behind = query.targets[-1] + 1
+        masks = query.tokens[behind - 1 : behind] * spare
+        query = query._replace(
+            tokens=(*query.tokens[:behind], *masks, *query.tokens[behind:]),
+            targets=(*query.targets, *range(behind, behind + spare)),
+            labels=(*query.labels, *[self.objective.pad] * spare),
+        )
+        return instance._replace(queries=(query,))
 
     def _asked(self, example: Example, template: Template, before: str) -> Instance:
-        if example.candidates:
-            return super()._asked(example, template, before)
         assert example.given is not None
-        tokens = self.objective.tokens_to_write(example.given)
+        right = example.candidates[0] if example.candidates else None  # which is given in training
+        spare = _SPARE if self.encoder.mask is not None else 0
+        tokens = spare if right is not None else self.objective.tokens_to_write(example.given)
         room = self.most_tokens(before)
         room = None if room is None else room - tokens
-        query = template.render(example.fields, self.encoder, before=before, max_tokens=room)
+        query = template.render(example.fields, self.encoder, answer=right, before=before, max_tokens=room)
+        if right is not None:
+            return Instance((query,), example.gold, example.group, given=example.given)
         if query.bidirectional:  # a mask for each token
             [at] = query.targets
             masks = query.tokens[at : at + 1] * tokens

@@ -35,13 +35,19 @@ class Written(OneOfSeveral):
         length: of a text in tokens.
         decode: tokens to text.
         longest: what is given, in tokens.
+        pad: the token that stands for nothing, if there is one.
     """
 
     def __init__(
-        self, kind: Kind, length: Callable[[str], int], decode: Callable[[Sequence[int]], str], longest: int
+        self,
+        kind: Kind,
+        length: Callable[[str], int],
+        decode: Callable[[Sequence[int]], str],
+        longest: int,
+        pad: int | None = None,
     ) -> None:
         super().__init__(kind)
-        self._length, self._decode, self._longest = length, decode, longest
+        self._length, self._decode, self._longest, self.pad = length, decode, longest, pad
 
     def tokens_to_write(self, given: str) -> int:
         """One more than what is given has, as in the original code."""

@@ -25,7 +25,7 @@ def causal() -> Backbone:
 @pytest.fixture(scope="session")
 def masked() -> Backbone:
     plain = make_tokenizer()
-    plain.add_special_tokens({"mask_token": "<mask>", "cls_token": "<cls>", "sep_token": "<sep>"})
+    plain.add_special_tokens({"mask_token": "<mask>", "cls_token": "<cls>", "sep_token": "<sep>", "pad_token": "<pad>"})
     ids = {token: plain.convert_tokens_to_ids(token) for token in ("<cls>", "<sep>")}
     from tokenizers.processors import TemplateProcessing
 
@@ -33,7 +33,11 @@ def masked() -> Backbone:
         single="<cls> $A <sep>", pair="<cls> $A <sep> $B <sep>", special_tokens=list(ids.items())
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain.backend_tokenizer, mask_token="<mask>", cls_token="<cls>", sep_token="<sep>"
+        tokenizer_object=plain.backend_tokenizer,
+        mask_token="<mask>",
+        cls_token="<cls>",
+        sep_token="<sep>",
+        pad_token="<pad>",
     )
     torch.manual_seed(0)
     config = BertConfig(

@@ -8,6 +8,8 @@ import torch
 
 from megaprompt.tasks.superglue.kinds import KINDS
 from megaprompt.tasks.superglue.metrics import ACCURACY, ACCURACY_AND_F1, EM_AND_F1A, exact_match, f1, macro_f1
+from megaprompt.tasks.superglue.objectives import Verbalizer
+from megaprompt.tasks.task import Example
 
 ORACLE = Path(__file__).parents[3] / ".fairseq" / "lib"
 
@@ -67,6 +69,14 @@ def test_every_task_has_a_score_first():
         "CB": ["score", "accuracy", "macro_f1"],
         "MultiRC": ["score", "em", "f1a"],
     }
+
+
+def test_always_the_same_answer_by_hand():
+    """Of MultiRC's answers a third is right: always 0 and always 1 are each the best by one metric."""
+    gold = [1, 0, 0, 0, 1, 0]
+    examples = [Example({}, "", label, group=f"{i // 2}") for i, label in enumerate(gold)]
+    found = Verbalizer(KINDS["MultiRC"], ["no", "yes"], [0, 1]).constant(examples)
+    assert found == {"score": 1 / 4, "em": 1 / 3, "f1a": 1 / 2}
 
 
 def test_always_the_majority_on_the_validation_sets():

@@ -130,6 +130,23 @@ def test_wsc_is_learned_from_true_statements(make_tasks, backbone):
     torch.testing.assert_close(losses(backbone, task, instances, vectors), torch.stack(expected).detach())
 
 
+def test_masked_models_learn_that_spare_masks_stay_empty(make_tasks, backbone):
+    """They have one when they are asked."""
+    task, template, _ = learned(backbone, make_tasks(backbone)["WSC"])
+    right = [example.given for example in task.examples["train"] if example.gold]
+    pad, spare = backbone.tokenization.tokenizer.pad_token_id, []
+    for instance, text in zip(task.training_instances(template), right, strict=True):
+        [query] = instance.queries
+        tokens = backbone.tokenization.encode([f" {text}"], is_start=False)[0]
+        spare.append(len(query.targets) - len(tokens))
+        assert list(query.labels) == tokens + [pad] * spare[-1]
+        if not backbone.causal:
+            first, last = query.targets[0], query.targets[-1]
+            assert query.targets == tuple(range(first, last + 1))
+            assert {query.tokens[at] for at in query.targets} == {backbone.tokenization.tokenizer.mask_token_id}
+    assert set(spare) == {0} if backbone.causal else 0 < max(spare) <= 3
+
+
 def test_wsc_is_written_token_by_token(make_tasks, backbone):
     """The most confident open position first; a causal model has only the next."""
     task, template, vectors = learned(backbone, make_tasks(backbone)["WSC"])
@@ -153,7 +170,7 @@ def test_wsc_is_written_token_by_token(make_tasks, backbone):
                 open_.remove(at)
         expected = [written[at] for at in sorted(written)]
         assert [token for token in found["written"][i].tolist() if token >= 0] == expected
-        text = backbone.tokenization.tokenizer.decode(expected)
+        text = backbone.tokenization.tokenizer.decode(expected, skip_special_tokens=True)
         assert bool(found["said"][i]) == mean_the_same(text, instance.given)
         line = task.objective.describe(task.examples["test"][i], found, i)
         assert line["written"] == text.strip()
@@ -162,7 +179,7 @@ def test_wsc_is_written_token_by_token(make_tasks, backbone):
 
 def test_every_round_shares_what_its_queries_begin_with(make_tasks, causal):
     task = make_tasks(causal)["WSC"]
-    before = task.demonstrations(task.examples["train"][:2])
+    before = task.shown(task.showable[:1])
     questions = [Questions(task.instances("test", task.manual_template, before), task.objective)]
     plain, shared = (  # a round is one pass
         Workplace.shared(causal, PassSize(64, 1024, trunks=trunks), World(), task.objective) for trunks in (False, True)
