@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from transformers import (
     PreTrainedModel,
@@ -25,8 +28,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from megaprompt.backbone import Backbone
 from megaprompt.backbone.borrowed import borrowed
-from megaprompt.config import ProbeConfig
+from megaprompt.config import ProbeConfig, from_yaml
 from megaprompt.distributed.world import World
 from megaprompt.engine.trainer import Interrupted
 from megaprompt.errors import MegapromptError, UsageError
@@ -39,7 +43,8 @@ logger = logging.getLogger(__name__)
 class ProbeCallback(TrainerCallback):
     """Probes the model before the first step, after every so many, and after the last one.
 
-    What goes wrong the first time is raised; later it is logged, and training goes on.
+    What goes wrong the first time is raised; later it is logged, and training goes on (where several processes train,
+    only if all of them know of it).
 
     Args:
         config: of `megaprompt probe`; its `backbone` is what reports call the model, its `out` holds a run for each
@@ -80,12 +85,28 @@ class ProbeCallback(TrainerCallback):
         world = World(device=model.device)
         if dist.is_initialized():
             world = World(dist.get_rank(), dist.get_world_size(), model.device)
+        found = RunDirectory(out).read_results()
         try:
-            if not RunDirectory(out).read_results().get("complete"):  # as after a training that is continued
-                with borrowed(model, self._tokenizer, config.backbone) as backbone:
+            with borrowed(model, self._tokenizer, config.backbone) as backbone:
+                if not found.get("complete"):
                     probe(config, world, backbone)
-        except MegapromptError as error:
-            if isinstance(error, Interrupted) or not self._done:
+                else:
+                    _must_be_the_same(out, found, config, backbone)  # as after a training that is continued
+        except (MegapromptError, OSError, torch.OutOfMemoryError) as error:
+            told = isinstance(error, MegapromptError)  # to all processes alike
+            if isinstance(error, Interrupted) or not self._done or (world.size > 1 and not told):
                 raise
             logger.warning("step %d is not probed: %s", step, error)
         self._done.add(step)
+
+
+def _must_be_the_same(out: Path, found: Mapping[str, Any], config: ProbeConfig, backbone: Backbone) -> None:
+    """See that what was probed before was this.
+
+    Raises:
+        MegapromptError: it was another training, or another question.
+    """
+    before = dataclasses.replace(from_yaml(ProbeConfig, out / "config.yaml"), out=out, resume=config.resume)
+    what = "other weights" if found["backbone"]["fingerprint"] != backbone.fingerprint else "other options"
+    if what == "other weights" or before != config:
+        raise MegapromptError(f"{out}: holds a probe of {what}; give another out, or delete it")

@@ -100,6 +100,19 @@ def test_a_training_that_is_continued_keeps_what_was_probed(tokenizer, config, t
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
+def test_probes_of_another_training_are_not_taken_for_this_ones(tokenizer, config, tmp_path, caplog):
+    trained(tokenizer, tmp_path / "a", ProbeCallback(config(), tokenizer, every=2), steps=2)
+    with pytest.raises(MegapromptError, match="step-0000000: holds a probe of other options; give another out"):
+        trained(tokenizer, tmp_path / "b", ProbeCallback(config(limit_facts=2), tokenizer, every=2), steps=2)
+    kept = (tmp_path / "training" / "step-0000002" / "results.json").read_bytes()
+    trainer = trainer_for(tokenizer, tmp_path / "c", ProbeCallback(config(), tokenizer, every=2), steps=2)
+    trainer.args.learning_rate = 0.1
+    trainer.train()
+    assert "step 2 is not probed" in caplog.text
+    assert "holds a probe of other weights" in caplog.text
+    assert (tmp_path / "training" / "step-0000002" / "results.json").read_bytes() == kept
+
+
 def test_mistakes_are_told_at_once_and_later_ones_do_not_end_the_training(tokenizer, config, tmp_path, caplog):
     with pytest.raises(UsageError, match="would train the weights"):
         ProbeCallback(config(methods=("manual", "fine-tuning")), tokenizer, every=1)

@@ -71,6 +71,8 @@ class Wordings:
         has_dev = bool(task.examples["dev"])
         dev = [context.measure(task, "dev", found) for found in ask("dev")] if has_dev else [None] * len(readable)
         test = ask("test")
+        if "manual" in readable:
+            context.save_prompt("manual", task, readable["manual"], dev[list(readable).index("manual")] or {})
         missing = Scored(context.row(task, task.manual_template) | {"template": None}, None)
         scored = dict.fromkeys(self._each, missing)
         for (column, template), dev_scores, found in zip(readable.items(), dev, test, strict=True):

@@ -118,7 +118,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         circumstances=_circumstances(results),
     )
     write_tables(table, superglue, out)
-    write_entry(results, out)
+    write_entry(found, out)
     return page
 
 

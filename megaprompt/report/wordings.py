@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megaprompt.files import write_file
-from megaprompt.report.runs import Scoring, known, plural
+from megaprompt.report.runs import Run, Scoring, known, plural
 
 ENTRY = "leaderboard_entry.json"
 
@@ -46,10 +46,16 @@ def notes_of_answers(results: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def write_entry(results: Mapping[str, Any], out: Path) -> None:
-    """Write what BEAR's leaderboard wants to know, if the run has it."""
+def write_entry(run: Run, out: Path) -> None:
+    """Write what BEAR's leaderboard wants to know, if the run has it: all facts of its relations in all wordings, and
+    of causal models with a beginning-of-text token, as LM Pub Quiz sets it."""
+    results = run.results
     found, backbone = over_wordings(results), results["backbone"]
-    if found is None or results["data"].get("answers") != "candidates":
+    about = results["data"]["relations"].values()
+    of_all = all(each["facts"]["test"] == each.get("usable", {}).get("candidates") for each in about)
+    begins = run.options.get("bos") == "always" or not backbone.get("causal", True)
+    if found is None or results["data"].get("answers") != "candidates" or not of_all or not begins or run.control:
+        (out / ENTRY).unlink(missing_ok=True)
         return
     entry = {
         "model_name": backbone["name"],

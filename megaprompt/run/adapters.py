@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megaprompt.errors import MegapromptError, UsageError
+from megaprompt.prompting.template import Template
 from megaprompt.run.saved_prompts import SavedPrompt
 from megaprompt.tasks.lama.facts import Data
 
@@ -44,7 +45,10 @@ def load_adapters(
         if len(names) != 1 or names[0] not in data.relations:
             raise UsageError(f"--prompts {directory}: is one adapter of PEFT; give its relation, as --relations P36")
         folders = {names[0]: directory}
-    return {name: _load(folder, name, data, template) for name, folder in folders.items()}
+    if template is not None and Template.parse(template).num_pseudo_tokens:
+        raise UsageError("--template: has pseudo tokens; only words stand behind the vectors of an adapter")
+    wanted = {name: folder for name, folder in folders.items() if not relations or name in relations}
+    return {name: _load(folder, name, data, template) for name, folder in wanted.items()}
 
 
 def _folders(directory: Path) -> dict[str, Path]:

@@ -18,7 +18,7 @@ from megaprompt.prompting.packing import PassSize, pack
 from megaprompt.prompting.query import Query
 from megaprompt.prompting.template import Template
 from megaprompt.run.saved_prompts import SavedPrompt, load_prompts
-from megaprompt.tasks.lama.continuations import continuations, ends
+from megaprompt.tasks.lama.continuations import LONGEST, continuations, ends
 from megaprompt.tasks.lama.facts import Data, load_data
 from megaprompt.tasks.lama.one_token import OneToken
 from megaprompt.tasks.lama.questions import AskFor, lama_tasks, load_vocabulary
@@ -85,16 +85,21 @@ def ask(config: AskConfig) -> list[tuple[str, float]]:
     prompt = prompts[name]
     must_be_of_facts([prompt])
     backbone = backbone_for([prompt], config.backbone, config.dtype)
-    kind = config.answers or _answers_of(config.prompts, prompt)
+    kind = config.answers or answers_of(config.prompts, prompt)
     return {"token": _tokens, "candidates": _candidates, "text": _continuations}[kind](config, prompt, backbone)
 
 
-def _answers_of(directory: Path, prompt: SavedPrompt) -> str:
-    """What kind of answers a prompt was learned or chosen for: its run says so, or its data."""
-    if (directory / "config.yaml").is_file():
-        run = from_yaml(ProbeConfig, directory / "config.yaml")
-        if run.answers is not None:
-            return run.answers
+def run_of(directory: Path) -> ProbeConfig | None:
+    """The options of the run whose prompts are in a directory; None if it is not that of a run."""
+    path = directory / "config.yaml"
+    return from_yaml(ProbeConfig, path) if path.is_file() else None
+
+
+def answers_of(directory: Path, prompt: SavedPrompt) -> str:
+    """What kind of answers a prompt was learned or chosen for, token or candidates: its run says so, or its data."""
+    run = run_of(directory)
+    if run is not None and run.answers is not None:
+        return run.answers
     try:
         return "candidates" if load_data(prompt.data).has_answer_spaces else "token"
     except UsageError:  # the data is there no more
@@ -103,7 +108,9 @@ def _answers_of(directory: Path, prompt: SavedPrompt) -> str:
 
 def _tokens(config: AskConfig, prompt: SavedPrompt, backbone: Backbone) -> list[tuple[str, float]]:
     """The best allowed tokens."""
-    objective = OneToken(allowed_answers(config.vocab, prompt, backbone), backbone.tokenization.text_of, config.top)
+    objective = OneToken(
+        allowed_answers(config.prompts, config.vocab, prompt, backbone), backbone.tokenization.text_of, config.top
+    )
     instance = Instance((_query(config, prompt, backbone),), 0)
     found = _asked(instance, objective, prompt, backbone)
     best = [backbone.tokenization.text_of(token) for token in found["top_tokens"][0].tolist()]
@@ -112,10 +119,8 @@ def _tokens(config: AskConfig, prompt: SavedPrompt, backbone: Backbone) -> list[
 
 def _candidates(config: AskConfig, prompt: SavedPrompt, backbone: Backbone) -> list[tuple[str, float]]:
     """The best of the relation's answers, which may have any length."""
-    ask_for = AskFor(needs="all")
-    if (config.prompts / "config.yaml").is_file():
-        run = from_yaml(ProbeConfig, config.prompts / "config.yaml")
-        ask_for = AskFor(begin=run.bos == "always", needs="all")
+    run = run_of(config.prompts)
+    ask_for = AskFor(begin=run is not None and run.bos == "always", needs="all")
     tasks = lama_tasks(
         load_data(prompt.data), backbone, ask_for, names=(prompt.relation,), splits=("test",), limit=None, seed=0
     )
@@ -132,6 +137,12 @@ def _continuations(config: AskConfig, prompt: SavedPrompt, backbone: Backbone) -
     """What the model writes on its own."""
     if not backbone.causal:
         raise UsageError("--answers text: a masked model does not write; give --answers candidates or token")
+    query, most = _query(config, prompt, backbone), backbone.max_positions
+    if most is not None and len(query.tokens) + LONGEST > most:
+        raise UsageError(
+            f"{config.subject[:20]!r} ...: the question has {len(query.tokens)} tokens, of the {most} that "
+            f"{backbone.name} can be given {LONGEST} are for the answer; ask for something shorter"
+        )
     size, vectors = backbone.exact_size(PassSize()), prompt.vectors.to(backbone.device)
 
     @torch.no_grad()
@@ -140,7 +151,7 @@ def _continuations(config: AskConfig, prompt: SavedPrompt, backbone: Backbone) -
         return backbone(batch, vectors)[batch.target_of_query].float().log_softmax(1)
 
     tokenization = backbone.tokenization
-    decode, query = tokenization.tokenizer.decode, _query(config, prompt, backbone)
+    decode = tokenization.tokenizer.decode
     return continuations(query, log_probabilities, ends(tokenization), lambda ids: str(decode(list(ids))), config.top)
 
 
@@ -156,8 +167,11 @@ def _asked(instance: Instance, objective: Objective, prompt: SavedPrompt, backbo
     return found
 
 
-def allowed_answers(option: str, prompt: SavedPrompt, backbone: Backbone) -> Tensor:
+def allowed_answers(directory: Path, option: str, prompt: SavedPrompt, backbone: Backbone) -> Tensor:
     """Bool [vocabulary]: the answers that a prompt was learned or chosen among, where its data is still there."""
+    run = run_of(directory)
+    if option == "auto" and run is not None:
+        option = run.vocab
     try:
         data = load_data(prompt.data)
     except UsageError as error:

@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from megaprompt.backbone import Backbone
-from megaprompt.config import EvaluateConfig, ProbeConfig, from_yaml
+from megaprompt.config import EvaluateConfig
 from megaprompt.console import progress
 from megaprompt.distributed.world import World
 from megaprompt.engine.passes import Questions, Workplace, answers
 from megaprompt.errors import UsageError
 from megaprompt.prompting.packing import PassSize
 from megaprompt.run.adapters import are_adapters, load_adapters
-from megaprompt.run.ask import backbone_for, must_be_of_facts
+from megaprompt.run.ask import answers_of, backbone_for, must_be_of_facts, run_of
 from megaprompt.run.averages import summarize
 from megaprompt.run.directory import RunDirectory
 from megaprompt.run.saved_prompts import SavedPrompt, load_prompts, methods_with_prompts
@@ -81,16 +81,15 @@ def _evaluate(config: EvaluateConfig, prompts: Mapping[str, Mapping[str, SavedPr
     every = [prompt for of_method in prompts.values() for prompt in of_method.values()]
     must_be_of_facts(every)
     data = load_data(config.data or every[0].data)
+    data.select(config.relations)  # sees that they are there
     names = list(config.relations) or _in_both(names, data)
     backbone = backbone_for(every, config.backbone, config.dtype)
-    ask_for = AskFor()
-    if not data.has_answer_spaces:
-        ask_for = AskFor(load_vocabulary(*_vocabulary_of(config, data), backbone.tokenization))
+    ask_for = _ask_for(config, every[0], data, backbone)
     tasks = lama_tasks(
-        data,
+        replace(data, relations={name: data.relations[name] for name in data.relations if name in names}),
         backbone,
         ask_for,
-        names=tuple(names),
+        names=config.relations,
         splits=(config.split,),
         limit=config.limit_facts,
         seed=config.data_seed,
@@ -110,12 +109,18 @@ def _evaluate(config: EvaluateConfig, prompts: Mapping[str, Mapping[str, SavedPr
     return {"split": config.split, "data": data.name, "vocabulary": among, "methods": scores}
 
 
-def _vocabulary_of(config: EvaluateConfig, data: Data) -> tuple[str, Data]:
-    """The option, and the data that it is about: for a run's report the same answers compete as in the run."""
-    if config.report and config.vocab == "auto":
-        run = from_yaml(ProbeConfig, config.prompts / "config.yaml")
-        return run.vocab, load_data(run.data)
-    return config.vocab, data
+def _ask_for(config: EvaluateConfig, prompt: SavedPrompt, data: Data, backbone: Backbone) -> AskFor:
+    """How facts are answered: as the run of the prompts did, with its vocabulary if that is not given and the facts are
+    its own, or for its report."""
+    run = run_of(config.prompts)
+    adapters = prompt.data == data.name and run is None  # whose prompts say nothing of their data
+    kind = ("candidates" if data.has_answer_spaces else "token") if adapters else answers_of(config.prompts, prompt)
+    if kind == "candidates":
+        return AskFor(begin=run is not None and run.bos == "always")
+    vocabulary, of = config.vocab, data
+    if vocabulary == "auto" and run is not None and (config.report or (config.data or run.data) == run.data):
+        vocabulary, of = run.vocab, load_data(run.data)
+    return AskFor(load_vocabulary(vocabulary, of, backbone.tokenization))
 
 
 def _in_both(names: Sequence[str], data: Data) -> list[str]:

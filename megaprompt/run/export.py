@@ -20,7 +20,7 @@ from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.files import write_file
 from megaprompt.prompting.template import Template
 from megaprompt.run import standalone
-from megaprompt.run.ask import allowed_answers, backbone_for, must_be_of_facts
+from megaprompt.run.ask import allowed_answers, answers_of, backbone_for, must_be_of_facts
 from megaprompt.run.saved_prompts import SavedPrompt, load_prompts
 
 logger = logging.getLogger(__name__)
@@ -47,13 +47,21 @@ def export(config: ExportConfig) -> dict[str, Path]:
     backbone = backbone_for(chosen, config.backbone, None)
     if config.out.exists() and any(config.out.iterdir()):
         raise UsageError(f"--out {config.out}: is not empty; choose another directory")
-    write = _for_peft if config.to == "peft" else _for_transformers
+    if config.to == "transformers" and (whole := [p for p in chosen if answers_of(config.prompts, p) == "candidates"]):
+        raise UsageError(
+            f"--to transformers: the prompt of {whole[0].relation} ranks whole answers, which the script cannot; use "
+            "megaprompt ask, or --to peft"
+        )
     pieces = {prompt.relation: pieces_of(prompt, backbone) for prompt in chosen}
     if config.to == "peft":
         for prompt in chosen:  # nothing is written if one of them cannot be
             _front(prompt, pieces[prompt.relation])
     for prompt in chosen:
-        write(config.out / prompt.relation, prompt, pieces[prompt.relation], backbone)
+        folder, of = config.out / prompt.relation, pieces[prompt.relation]
+        if config.to == "peft":
+            _for_peft(folder, prompt, of, backbone)
+        else:
+            _for_transformers(folder, prompt, of, backbone, allowed_answers(config.prompts, "auto", prompt, backbone))
     return {prompt.relation: config.out / prompt.relation for prompt in chosen}
 
 
@@ -92,9 +100,10 @@ def pieces_of(prompt: SavedPrompt, backbone: Backbone) -> list[Piece]:
     return pieces
 
 
-def _for_transformers(folder: Path, prompt: SavedPrompt, pieces: Sequence[Piece], backbone: Backbone) -> None:
+def _for_transformers(
+    folder: Path, prompt: SavedPrompt, pieces: Sequence[Piece], backbone: Backbone, allowed: Tensor
+) -> None:
     tensors = {"vectors": prompt.vectors}
-    allowed = allowed_answers("auto", prompt, backbone)
     if not allowed.all():
         tensors["answers"] = allowed.nonzero()[:, 0]
     _write(folder, prompt, pieces, backbone)
@@ -119,7 +128,7 @@ def _for_peft(folder: Path, prompt: SavedPrompt, pieces: Sequence[Piece], backbo
         num_transformer_submodules=1,
         num_attention_heads=config.num_attention_heads,
         num_layers=config.num_hidden_layers,
-        base_model_name_or_path=files_of(backbone.name),
+        base_model_name_or_path=_from_anywhere(backbone),
         inference_mode=True,
     )
     _write(folder, prompt, behind, backbone)
@@ -154,6 +163,12 @@ def _vectors(front: Sequence[Piece], learned: Tensor, backbone: Backbone) -> Ten
     return torch.cat(parts).float()
 
 
+def _from_anywhere(backbone: Backbone) -> str:
+    """The name of a model, or the whole path of its directory."""
+    found = files_of(backbone.name)
+    return str(Path(found).absolute()) if Path(found).is_dir() else found
+
+
 def _write(folder: Path, prompt: SavedPrompt, pieces: Sequence[Piece], backbone: Backbone) -> None:
     about = {
         "relation": prompt.relation,
@@ -161,7 +176,7 @@ def _write(folder: Path, prompt: SavedPrompt, pieces: Sequence[Piece], backbone:
         "method": prompt.method,
         "template": prompt.template,
         "before": prompt.before,
-        "backbone": files_of(backbone.name),
+        "backbone": _from_anywhere(backbone),
         "fingerprint": prompt.fingerprint,
         "masked": not backbone.causal,
         "pieces": list(pieces),

@@ -30,7 +30,7 @@ def run(backbone_directory, tmp_path):
 
 
 def test_each_wording_their_mean_and_the_best_on_dev(run):
-    results, out = run()
+    results, out = run(bos="always")
     check_run(out)
     assert results["data"]["answers"] == "candidates"
     assert results["data"]["vocabulary"] is None
@@ -65,6 +65,20 @@ def test_each_wording_their_mean_and_the_best_on_dev(run):
     lines = [json.loads(line) for line in (out / "predictions" / "P36.jsonl").read_text().splitlines()]
     assert {line["method"] for line in lines} == {*each, "best-manual"}
     assert len(lines) == 4 * len(CAPITALS)
+
+
+def test_only_the_whole_of_the_data_asked_as_on_the_leaderboard_makes_an_entry(run):
+    for i, options in enumerate(
+        ({}, {"bos": "always", "limit_facts": 2}, {"bos": "always", "control": "random-weights"})
+    ):
+        _, out = run(relations=("P36",), **options)
+        assert not (out / "leaderboard_entry.json").exists()
+        out.rename(out.with_name(f"before {i}"))
+
+
+def test_the_manual_wording_is_kept(run):
+    _, out = run()
+    assert {path.stem for path in (out / "prompts" / "manual").iterdir()} == set(WORDINGS)
 
 
 def test_more_wordings_are_tried_beside_those_of_the_data(run, tmp_path):

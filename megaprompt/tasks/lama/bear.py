@@ -59,8 +59,8 @@ def bear(root: Path) -> Data:
                 if subject not in subjects:
                     facts[_split_of(subject)].append(fact)
         first, *others = about["templates"]
-        answers = tuple(about.get("answer_space_labels", ()))
-        if "answer_space_labels" in about and not answers:
+        answers = tuple(about.get("answer_space_labels") or ())
+        if about.get("answer_space_labels") is not None and not answers:
             raise MegapromptError(f"{test / METADATA}: {name} has an empty answer space; list its answers")
         relations[name] = Relation(name, name, "", first, facts, tuple(others), answers)
     return Data(root.resolve().name, relations, files=tuple(files))

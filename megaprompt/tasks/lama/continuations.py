@@ -16,16 +16,29 @@ from megaprompt.backbone.tokenization import Tokenization
 from megaprompt.prompting.query import Query
 
 _MARKS = '.,;:!?()[]{}"\n'
-_LONGEST = 16  # tokens of a continuation
+LONGEST = 16
+"""Tokens of a continuation, at most."""
 
 
 def ends(tokenization: Tokenization) -> Tensor:
     """Bool [vocabulary]: the tokens before which a continuation ends."""
     tokenizer, size = tokenization.tokenizer, tokenization.vocabulary_size
     texts = tokenizer.batch_decode([[token] for token in range(size)])
-    found = torch.tensor([text.lstrip(" ")[:1] in _MARKS for text in texts])  # also before tokens without text
+    pieces = tokenizer.convert_ids_to_tokens(list(range(size)))
+    found = torch.tensor([_is_end(text, piece) for text, piece in zip(texts, pieces, strict=True)])
     found[[token for token in tokenizer.all_special_ids if token < size]] = True
     return found
+
+
+def _is_end(text: str, piece: str) -> bool:
+    """Whether it is a mark or nothing at all. White space is none, which some models write as a token of its own."""
+    visible = text.lstrip(" ")
+    if visible:
+        return visible[0] in _MARKS
+    return not piece or bool(piece.strip(_WHITE))
+
+
+_WHITE = " \u2581\u0120"  # as SentencePiece and byte-level BPE write a space
 
 
 def continuations(
@@ -47,7 +60,7 @@ def continuations(
     """
     written: dict[str, float] = {}  # the same text in other tokens is as likely as they are together
     beam: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-    for length in range(_LONGEST + 1):
+    for length in range(LONGEST + 1):
         asked = [query._replace(tokens=(*query.tokens, *w), targets=(query.targets[0] + length,)) for _, w in beam]
         log = log_probabilities(asked).double().cpu()
         before = torch.tensor([score for score, _ in beam], dtype=torch.float64)

@@ -135,6 +135,8 @@ def _descriptions(path: Path) -> dict[str, dict[str, Any]]:
     for line, row in read_jsonl(path, required=("relation",)) if path.is_file() else ():
         if row["relation"] in about:
             raise MegapromptError(f"{path}:{line}: relation {row['relation']} is described twice; keep one line")
+        if not isinstance(row.get("template") or "", str):
+            raise MegapromptError(f'{path}:{line}: "template" is not a text; mend the line')
         texts = row.get("templates", [])
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise MegapromptError(f'{path}:{line}: "templates" is not a list of texts; mend the line')

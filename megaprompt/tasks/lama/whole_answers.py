@@ -140,6 +140,8 @@ class WholeAnswersTask(Task):
             found = self._queries(example, template, example.candidates[i], answer_only, before)
             queries += found
             candidates += [place] * len(found)
+        if self.encoder.mask is None:
+            queries = _from_the_same_token(queries)
         return Instance(tuple(queries), gold, candidates=tuple(candidates))
 
     def _queries(
@@ -155,6 +157,20 @@ class WholeAnswersTask(Task):
         if encoder.mask is not None:
             return pseudo_likelihood(template, fields, encoder, answer=answer, before=before, answer_only=answer_only)
         return (template.render(fields, encoder, answer=answer, before=before),)
+
+
+def _from_the_same_token(queries: Sequence[Query]) -> list[Query]:
+    """Queries that are all scored from where the first of them is.
+
+    Where a mark touches the answer from before, some answers share a token with it, which others leave to the mark.
+    """
+    first = min(query.targets[0] for query in queries)
+    found = []
+    for query in queries:
+        more = range(first, query.targets[0])
+        labels = (*(query.tokens[target + 1] for target in more), *query.labels)
+        found.append(query._replace(targets=(*more, *query.targets), labels=labels) if more else query)
+    return found
 
 
 def _capitalized(text: str) -> str:
