@@ -25,7 +25,7 @@ def sizes_chart(table: Table2) -> Figure | None:
     colors = method_colors(table.methods)
     figure = Figure(figsize=(7.6, 4.6))
     axes = figure.add_axes((0.08, 0.11, 0.7, 0.66))
-    ends: list[tuple[float, str]] = []  # the height at which each line ends
+    ends: list[tuple[float, int, str]] = []  # the height and the size at which each line ends
     for method in table.methods:
         found = [(size, *row.cells[method].mean()) for size, row in rows if size and method in row.cells]
         found = [(size, mean, deviation) for size, mean, deviation in found if math.isfinite(mean)]
@@ -33,7 +33,7 @@ def sizes_chart(table: Table2) -> Figure | None:
             places, means, deviations = zip(*found, strict=True)
             spread = [deviation or 0.0 for deviation in deviations]
             axes.errorbar(places, means, yerr=spread, marker="o", markersize=4, color=colors[method], capsize=2)
-            ends.append((means[-1], method))
+            ends.append((means[-1], places[-1], method))
     axes.set_xscale("log")
     axes.set_xlim(sizes[0] / 1.25, sizes[-1] * 1.25)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
@@ -51,10 +51,10 @@ def sizes_chart(table: Table2) -> Figure | None:
             rotation=25, rotation_mode="anchor", parse_math=False,
         )  # fmt: skip
     below = -math.inf
-    for height, method in sorted(ends):  # names beside the ends of their lines, but not over each other
+    for height, size, method in sorted(ends):  # names beside the ends of their lines, but not over each other
         below = max(height, below + 4.5)
         axes.annotate(
-            method, (sizes[-1], height), (1.03, below / 100), textcoords="axes fraction", va="center", fontsize=8.5,
+            method, (size, height), (1.03, below / 100), textcoords="axes fraction", va="center", fontsize=8.5,
             color=colors[method], parse_math=False,
             arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6},
         )  # fmt: skip

@@ -11,7 +11,7 @@ from megaprompt.errors import UsageError
 from megaprompt.prompting.query import Query
 from megaprompt.run.ask import ask
 from megaprompt.run.job import probe
-from megaprompt.tasks.lama.continuations import continuations, ends
+from megaprompt.tasks.lama.continuations import _is_end, continuations, ends
 from tests.tasks.bear_data import CAPITALS, write_bear
 from tests.tasks.test_whole_answers import masked_backbone
 
@@ -94,4 +94,11 @@ def test_where_continuations_end(make_backbone):
     found = ends(tokenization)
     names = tokenization.tokenizer.convert_ids_to_tokens(range(len(found)))
     assert all(found[names.index(each)] for each in (".", ",", "Ċ", "<eos>"))
-    assert not any(found[names.index(each)] for each in ("P", "'", "-", "ĠParis"))
+    assert not any(found[names.index(each)] for each in ("P", "'", "-", "ĠParis", "Ġ"))
+    assert not _is_end("", "\u2581"), "before the digits of a number, in Gemma's tokenizer"
+    assert _is_end("", "")
+
+
+def test_a_subject_that_leaves_no_room_for_an_answer(run):
+    with pytest.raises(UsageError, match=r"'Peru Peru Peru Peru ' \.\.\.: the question has .* something shorter"):
+        ask(AskConfig("Peru " * 50, prompts=run, relation="P36", answers="text"))

@@ -1,6 +1,7 @@
 """Controls: prompts of all methods on other facts, and everything on random weights."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,9 +51,13 @@ def test_prompts_of_every_method_are_scored_on_other_facts(options, other_facts,
     assert "On uni, where always giving the most frequent answer would score 40.0 %" in page
 
 
-def test_on_the_same_facts_every_method_has_the_same_scores(options, tmp_path):
+@pytest.mark.parametrize("asked", [{}, {"answers": "candidates", "bos": "always"}, {"vocab": "words.txt"}])
+def test_on_the_same_facts_every_method_has_the_same_scores(options, tmp_path, monkeypatch, asked):
+    """Prompts are asked as their run asked."""
+    monkeypatch.chdir(tmp_path)
+    Path("words.txt").write_text("".join(f"{place}\n" for pairs in PAIRS.values() for _, place in pairs[:4]))
     run = tmp_path / "run"
-    results = probe(options(run))
+    results = probe(options(run, **asked))
     for method, found in evaluate_all(EvaluateConfig(prompts=run))["methods"].items():
         for relation, row in found["relations"].items():
             of_run = results["methods"][method]["relations"][relation]

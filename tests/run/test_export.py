@@ -84,6 +84,23 @@ def test_demonstrations_leave_too(learn, tmp_path):
     assert_as_asked(standalone.ask(folders["P36"], SUBJECTS), run)
 
 
+def test_answers_and_model_are_those_of_the_run(learn, backbone_directory, tmp_path, monkeypatch):
+    """From any directory, and among the words that the prompt was learned with."""
+    monkeypatch.chdir(backbone_directory.parent)
+    (tmp_path / "words.txt").write_text("Lima\nParis\nSeoul\n")
+    run = learn(vocab=str(tmp_path / "words.txt"), backbone=backbone_directory.name, relations=("P36",))
+    folder = export(ExportConfig(prompts=run, out=tmp_path / "out"))["P36"]
+    assert json.loads((folder / "prompt.json").read_text())["backbone"] == str(backbone_directory.absolute())
+    assert_as_asked(standalone.ask(folder, SUBJECTS), run)
+    assert {answer for answer, _ in next(iter(standalone.ask(folder, ["Peru"])))} == {"Lima", "Paris", "Seoul"}
+
+
+def test_prompts_of_whole_answers_are_not_exported_as_something_else(learn, tmp_path):
+    run = learn(answers="candidates")
+    with pytest.raises(UsageError, match="P36 ranks whole answers, which the script cannot"):
+        export(ExportConfig(prompts=run, out=tmp_path / "out", relations=("P36",)))
+
+
 def test_masked_models(learn, tokenizer, tmp_path):
     path = tmp_path / "bert"
     torch.manual_seed(0)
@@ -189,6 +206,8 @@ def test_adapters_that_cannot_be_scored(learn, backbone_directory, data_director
     assert scored()["relations"]["P36"]["facts"]
     with pytest.raises(UsageError, match="give --data"):
         scored(data=None)
+    with pytest.raises(UsageError, match="only words stand behind the vectors of an adapter"):
+        scored(template="<3>[X] [Y]")
     with pytest.raises(UsageError, match="is one adapter of PEFT; give its relation"):
         scored(relations=())
     (folder / "adapter_model.safetensors").write_bytes(b"")

@@ -10,10 +10,11 @@ from megaprompt.distributed.world import World
 from megaprompt.engine.passes import Questions, Workplace, answers, backward_passes
 from megaprompt.errors import UsageError
 from megaprompt.prompting.packing import PassSize, pack
+from megaprompt.prompting.query import Query
 from megaprompt.tasks.candidates import best, ranks
 from megaprompt.tasks.lama.facts import Fact, Relation, load_data
 from megaprompt.tasks.lama.questions import OVER_THE_LIMIT, AskFor, lama_tasks
-from megaprompt.tasks.lama.whole_answers import WholeAnswers, examples_of
+from megaprompt.tasks.lama.whole_answers import WholeAnswers, _from_the_same_token, examples_of
 from tests.tasks.bear_data import CAPITALS, CONTINENTS, MORE_CAPITALS, MORE_CONTINENTS, write_bear
 
 SIZES = [PassSize(16, 16), PassSize(64, 256), PassSize(256, 4096), PassSize(None, 64)]
@@ -318,3 +319,11 @@ def test_templates_of_whole_answers_end_with_a_full_stop(bear, make_backbone):
     assert template.text == f"<{len(tokens) - 1}>[X]<1>[Y]."
     masked = tasks_of(bear, masked_backbone("bert"))["P36"]
     assert masked.default_template(causal=False).text == "<3>[X]<3>[Y]<3>"
+
+
+def test_all_answers_are_scored_from_the_same_token():
+    """Where a mark touches the answer from before, some answers share a token with it."""
+    marked = Query((1, 2, 3, 4), (1, 2), (3, 4))  # 2 is the mark
+    joined = Query((1, 9, 4), (0, 1), (9, 4))  # 9 is the mark with the answer's first letter
+    found = _from_the_same_token([marked, joined, marked])
+    assert found == [Query((1, 2, 3, 4), (0, 1, 2), (2, 3, 4)), joined, Query((1, 2, 3, 4), (0, 1, 2), (2, 3, 4))]
