@@ -86,10 +86,8 @@ class Task:
             UsageError: it is answered by a head.
         """
         if self.objective.needs_training:
-            raise UsageError(
-                f"--methods {method}: {self.name} is answered by a head, which has to be trained; use p-tuning or "
-                f"fine-tuning"
-            )
+            why = "is answered by a head, which has to be trained; use p-tuning or fine-tuning"
+            raise UsageError(f"--methods {method}: {self.name} {why}")
 
     def must_be_learnable(self, method: str) -> None:
         """See that the training examples can teach the task; all do, unless a kind of task says something else.
