@@ -110,11 +110,12 @@ def _evaluate(config: EvaluateConfig, prompts: Mapping[str, Mapping[str, SavedPr
 
 
 def _ask_for(config: EvaluateConfig, prompt: SavedPrompt, data: Data, backbone: Backbone) -> AskFor:
-    """How facts are answered: as the run of the prompts did, with its vocabulary if that is not given and the facts are
-    its own, or for its report."""
+    """How facts are answered: as in the run of the prompts, with its vocabulary if none is given and the facts are its
+    own, or for its report; else as the data ask."""
     run = run_of(config.prompts)
-    adapters = prompt.data == data.name and run is None  # whose prompts say nothing of their data
-    kind = ("candidates" if data.has_answer_spaces else "token") if adapters else answers_of(config.prompts, prompt)
+    kind = "candidates" if data.has_answer_spaces else "token"
+    if run is not None:
+        kind = answers_of(config.prompts, prompt)
     if kind == "candidates":
         return AskFor(begin=run is not None and run.bos == "always")
     vocabulary, of = config.vocab, data
