@@ -57,6 +57,7 @@ def test_on_the_same_facts_every_method_has_the_same_scores(options, tmp_path, m
     monkeypatch.chdir(tmp_path)
     Path("words.txt").write_text("".join(f"{place}\n" for pairs in PAIRS.values() for _, place in pairs[:4]))
     run = tmp_path / "run"
+    asked = {"methods": ("in-context", "p-tuning"), **asked} if asked else {}
     results = probe(options(run, **asked))
     for method, found in evaluate_all(EvaluateConfig(prompts=run))["methods"].items():
         for relation, row in found["relations"].items():
