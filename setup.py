@@ -21,7 +21,7 @@ setup(
     },
     python_requires=">=3.11",
     install_requires=[
-        "accelerate>=1.1",
+        "accelerate>=1.4",
         "airportsdata>=20260905",
         "babel>=2.19",
         "cyclopts>=5.5.2",
