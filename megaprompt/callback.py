@@ -107,6 +107,6 @@ def _must_be_the_same(out: Path, found: Mapping[str, Any], config: ProbeConfig, 
         MegapromptError: it was another training, or another question.
     """
     before = dataclasses.replace(from_yaml(ProbeConfig, out / "config.yaml"), out=out, resume=config.resume)
-    what = "other weights" if found["backbone"]["fingerprint"] != backbone.fingerprint else "other options"
-    if what == "other weights" or before != config:
-        raise MegapromptError(f"{out}: holds a probe of {what}; give another out, or delete it")
+    differs = {"weights": found["backbone"]["fingerprint"] != backbone.fingerprint, "options": before != config}
+    if what := next((name for name, other in differs.items() if other), None):
+        raise MegapromptError(f"{out}: holds a probe of other {what}; give another out, or delete it")

@@ -35,15 +35,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UsageError: there are no such prompts, relations or facts.
         MegapromptError: a prompt belongs to another backbone.
     """
+    data = None
     if are_adapters(config.prompts):
-        method = "PEFT"
-        prompts = load_adapters(config.prompts, _data_of_adapters(config), config.relations, config.template)
+        method, data = "PEFT", _data_of_adapters(config)
+        prompts = load_adapters(config.prompts, data, config.relations, config.template)
     elif config.template is not None:
         raise UsageError("--template: is for adapters of PEFT; prompts of megaprompt have their own")
     else:
         method = config.method or methods_with_prompts(config.prompts)[0]
         prompts = load_prompts(config.prompts, method)
-    found = _evaluate(config, {method: prompts})
+    found = _evaluate(config, {method: prompts}, data)
     return found | found.pop("methods")[method]
 
 
@@ -72,21 +73,22 @@ def _data_of_adapters(config: EvaluateConfig) -> Data:
     return load_data(config.data)
 
 
-def _evaluate(config: EvaluateConfig, prompts: Mapping[str, Mapping[str, SavedPrompt]]) -> dict[str, Any]:
-    """Scores by method of prompts by method and relation."""
+def _evaluate(
+    config: EvaluateConfig, prompts: Mapping[str, Mapping[str, SavedPrompt]], data: Data | None = None
+) -> dict[str, Any]:
+    """Scores by method of prompts by method and relation; on their own data if no other is read or named."""
     names = list(dict.fromkeys(name for of_method in prompts.values() for name in of_method))
     for name in config.relations:
         if name not in names:
             raise UsageError(f"--relations {name}: no prompt in {config.prompts}, which has {', '.join(names)}")
     every = [prompt for of_method in prompts.values() for prompt in of_method.values()]
     must_be_of_facts(every)
-    data = load_data(config.data or every[0].data)
-    data.select(config.relations)  # sees that they are there
-    names = list(config.relations) or _in_both(names, data)
+    data = data or load_data(config.data or every[0].data)
+    asked = data.select(list(config.relations) or _in_both(names, data))
     backbone = backbone_for(every, config.backbone, config.dtype)
     ask_for = _ask_for(config, every[0], data, backbone)
     tasks = lama_tasks(
-        replace(data, relations={name: data.relations[name] for name in data.relations if name in names}),
+        replace(data, relations={relation.id: relation for relation in asked}),
         backbone,
         ask_for,
         names=config.relations,

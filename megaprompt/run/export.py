@@ -47,7 +47,7 @@ def export(config: ExportConfig) -> dict[str, Path]:
     backbone = backbone_for(chosen, config.backbone, None)
     if config.out.exists() and any(config.out.iterdir()):
         raise UsageError(f"--out {config.out}: is not empty; choose another directory")
-    if config.to == "transformers" and (whole := [p for p in chosen if answers_of(config.prompts, p) == "candidates"]):
+    if config.to == "transformers" and (whole := _of_whole_answers(config, chosen)):
         raise UsageError(
             f"--to transformers: the prompt of {whole[0].relation} ranks whole answers, which the script cannot; use "
             "megaprompt ask, or --to peft"
@@ -63,6 +63,12 @@ def export(config: ExportConfig) -> dict[str, Path]:
         else:
             _for_transformers(folder, prompt, of, backbone, allowed_answers(config.prompts, "auto", prompt, backbone))
     return {prompt.relation: config.out / prompt.relation for prompt in chosen}
+
+
+def _of_whole_answers(config: ExportConfig, prompts: Sequence[SavedPrompt]) -> list[SavedPrompt]:
+    """One prompt of each data that is asked for whole answers; data are read once."""
+    each = {prompt.data: prompt for prompt in reversed(prompts)}
+    return [prompt for prompt in each.values() if answers_of(config.prompts, prompt) == "candidates"]
 
 
 def pieces_of(prompt: SavedPrompt, backbone: Backbone) -> list[Piece]:

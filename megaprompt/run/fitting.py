@@ -221,7 +221,8 @@ def on_nodes(backbone: str, sharding: dict[str, Any], dtype: torch.dtype, world:
         UsageError: there is no such backbone.
     """
     machines = Machines.of(world)
-    if machines.nodes * machines.gpus != world.size:  # on CPUs, or with other numbers of ranks on other nodes
+    # Nothing is gathered between nodes; or on CPUs, or with other numbers of ranks on other nodes.
+    if machines.nodes < 2 or machines.nodes * machines.gpus != world.size:
         return sharding
     weights, memory = inspect_backbone(backbone)[1] * dtype.itemsize, min(world.gather(world.memory()))
     zero = sharding["zero_optimization"]

@@ -173,13 +173,7 @@ class WrittenTask(SuperGlueTask):
         spare = random.Random(seed_of("spare masks", *example.key)).randrange(_SPARE + 1)
         if not query.bidirectional or self.objective.pad is None or not spare:
             return instance
-        behind = query.targets[-1] + 1
-        masks = query.tokens[behind - 1 : behind] * spare
-        query = query._replace(
-            tokens=(*query.tokens[:behind], *masks, *query.tokens[behind:]),
-            targets=(*query.targets, *range(behind, behind + spare)),
-            labels=(*query.labels, *[self.objective.pad] * spare),
-        )
+        query = _with_more_masks(query, spare)._replace(labels=(*query.labels, *[self.objective.pad] * spare))
         return instance._replace(queries=(query,))
 
     def _asked(self, example: Example, template: Template, before: str) -> Instance:
@@ -193,12 +187,16 @@ class WrittenTask(SuperGlueTask):
         if right is not None:
             return Instance((query,), example.gold, example.group, given=example.given)
         if query.bidirectional:  # a mask for each token
-            [at] = query.targets
-            masks = query.tokens[at : at + 1] * tokens
-            query = Query(
-                (*query.tokens[:at], *masks, *query.tokens[at + 1 :]), tuple(range(at, at + tokens)), bidirectional=True
-            )
+            query = _with_more_masks(query, tokens - 1)
         return Instance((query,), example.gold, example.group, given=example.given)
+
+
+def _with_more_masks(query: Query, count: int) -> Query:
+    """A query of a masked model with so many more masks behind its last one, which are targets, too."""
+    behind = query.targets[-1] + 1
+    masks = query.tokens[behind - 1 : behind] * count
+    tokens = (*query.tokens[:behind], *masks, *query.tokens[behind:])
+    return query._replace(tokens=tokens, targets=(*query.targets, *range(behind, behind + count)))
 
 
 class ClassifierTask(SuperGlueTask):
