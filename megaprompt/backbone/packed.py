@@ -119,12 +119,7 @@ class PackedModel(nn.Module):
             inputs |= {"attention_mask": batch.padding_mask()}
         else:
             positions = batch.position_ids + self._first_position
-            mask = batch.attention_mask()
-            if self.model.config._attn_implementation == "eager":  # which adds it to the scores
-                mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(
-                    ~mask, torch.finfo(self.model.dtype).min
-                )
-            inputs |= {"attention_mask": mask, "position_ids": positions}
+            inputs |= {"attention_mask": batch.added_mask(self.model.dtype), "position_ids": positions}
         if known is not None:
             inputs |= {"past_key_values": known}
         if reads == "hidden":

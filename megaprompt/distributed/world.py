@@ -65,6 +65,16 @@ class World:
             self.sent[what] += tensor.nbytes
         return tensor
 
+    def same_(self, tensor: Tensor, what: str = "other") -> Tensor:
+        """Replace `tensor` by that of the first rank; all must call it."""
+        if self.size > 1:
+            moved = tensor.to(self.device)
+            dist.broadcast(moved, 0 if self.group is None else dist.get_global_rank(self.group, 0), self.group)
+            if moved is not tensor:
+                tensor.copy_(moved)
+            self.sent[what] += tensor.nbytes
+        return tensor
+
     def gather(self, value: Any) -> list[Any]:
         """Any picklable value from every rank, in rank order; all must call it."""
         if self.size == 1:

@@ -6,10 +6,12 @@ values are kept, as trunks (see `trunks`), within a budget; what has no room is 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megaprompt.engine.schedule import shares
 from megaprompt.engine.trunks import Trunks
+from megaprompt.prompting.query import Query
 from megaprompt.prompting.trunks import Trunk
 from megaprompt.tasks.task import Instance
 
@@ -25,13 +27,19 @@ class Groups:
 
     trunks: Trunks
     budget: int
-    _numbers: dict[Hashable, int] = field(default_factory=dict)
+    _ranks: dict[Hashable, int] = field(default_factory=dict)
     _kept: dict[Hashable, Trunk] = field(default_factory=dict)
     _closed: bool = False
 
-    def number(self, name: Hashable) -> int:
-        """A number for the group that it has in all rounds, by which the ranks share the groups."""
-        return self._numbers.setdefault(name, len(self._numbers))
+    def ranks(self, names: Sequence[Hashable], instances: Sequence[Instance], ranks: int) -> list[int]:
+        """Which of so many ranks computes each instance, given the names of their groups: in all rounds the same one
+        for a group."""
+        new: dict[Hashable, list[Query]] = {}
+        for name, instance in zip(names, instances, strict=True):
+            if name not in self._ranks:
+                new.setdefault(name, []).extend(instance.queries)
+        self._ranks |= zip(new, shares(list(new.values()), ranks), strict=True)
+        return [self._ranks[name] for name in names]
 
     def to_keep(self, asked: Mapping[int, tuple[Hashable, Instance]]) -> dict[int, Trunk] | None:
         """Which trunks the first round is to keep, by the index of an instance that ends them; None in later rounds.

@@ -17,13 +17,12 @@ from megaprompt.backbone import Backbone
 from megaprompt.distributed.world import World
 from megaprompt.engine.groups import Groups, first_targets
 from megaprompt.engine.learner import TrainingSet
+from megaprompt.engine.parts import Asked, PackedPass, Part
 from megaprompt.engine.schedule import my_passes, padded
 from megaprompt.engine.trunks import SHARE, Trunks, cut_instances, may_be_cut
-from megaprompt.errors import UsageError
-from megaprompt.prompting.packing import PassSize, pack, split_into_passes
-from megaprompt.prompting.query import Query
+from megaprompt.prompting.packing import PassSize, moved, split_into_passes
 from megaprompt.prompting.trunks import Trunk
-from megaprompt.tasks.objective import Answers, Objective, Outputs
+from megaprompt.tasks.objective import Answers, Objective
 from megaprompt.tasks.task import Instance
 
 
@@ -59,22 +58,6 @@ class Questions(NamedTuple):
     head: nn.Module | None = None
 
 
-class _Part(NamedTuple):
-    """The questions of one objective and head in a pass, and what the backbone says to them."""
-
-    indices: list[int]
-    objective: Objective
-    head: nn.Module | None
-    outputs: Outputs
-    gold: Tensor  # [questions] int64
-
-
-class _Asked(NamedTuple):
-    instance: Instance
-    objective: Objective
-    head: nn.Module | None
-
-
 def with_trunks(at: Workplace, data: Sequence[TrainingSet], trunk_bytes: int | None) -> list[TrainingSet]:
     """What is learned from, with the trunks of its queries known for as long as it lasts (see `trunks`).
 
@@ -87,11 +70,11 @@ def with_trunks(at: Workplace, data: Sequence[TrainingSet], trunk_bytes: int | N
     return at.trunks.lasting_in(data, budget // at.backbone.known_bytes)
 
 
-def _flat(questions: Sequence[Questions]) -> list[_Asked]:
-    return [_Asked(instance, each.objective, each.head) for each in questions for instance in each.instances]
+def _flat(questions: Sequence[Questions]) -> list[Asked]:
+    return [Asked(instance, each.objective, each.head) for each in questions for instance in each.instances]
 
 
-def _cut_once(at: Workplace, asked: list[_Asked]) -> list[_Asked]:
+def _cut_once(at: Workplace, asked: list[Asked]) -> list[Asked]:
     """The same, with queries cut where it pays for this call alone."""
     if not may_be_cut(at.backbone, at.size):
         return asked
@@ -101,11 +84,11 @@ def _cut_once(at: Workplace, asked: list[_Asked]) -> list[_Asked]:
 
 def _computed(
     at: Workplace,
-    asked: Sequence[_Asked],
+    asked: Sequence[Asked],
     passes: Iterable[list[int]],
     prompts: Tensor | None,
     keep: Mapping[int, Trunk] | None = None,
-) -> Iterator[tuple[Tensor, list[_Part]]]:
+) -> Iterator[tuple[Tensor, list[Part]]]:
     """What the backbone gives at the targets of each pass [N, D], and the parts of the pass.
 
     Args:
@@ -113,54 +96,18 @@ def _computed(
     """
     cut = any(query.cuts for each in asked for query in each.instance.queries)
     cut_anywhere = bool(at.everyone.max_(torch.tensor(int(cut)), "schedule"))
-    for indices in passes:
-        kinds: dict[tuple[int, int], list[int]] = {}
-        for i in indices:
-            kinds.setdefault((id(asked[i].objective), id(asked[i].head)), []).append(i)
-        queries = [query for part in kinds.values() for i in part for query in asked[i].instance.queries]
-        _must_fit(at.backbone, queries)
-        packed = pack(queries, at.size.row_tokens)
-        batch, collect = packed.to(at.backbone.device), keep is not None
-        known = at.trunks.of(batch, at.backbone, at.everyone, collect) if cut_anywhere or collect else None
-        values = at.backbone(batch, prompts, at.reads, known)
+    ahead = (PackedPass.of(at.backbone, asked, indices, at.size.row_tokens) for indices in passes)
+    current, collect = next(ahead, None), keep is not None
+    while current is not None:
+        known = at.trunks.of(current.batch, at.backbone, at.everyone, collect) if cut_anywhere or collect else None
+        values = at.backbone(current.batch, prompts, at.reads, known)
+        after = next(ahead, None)  # packed while a GPU computes this one
         if keep is not None and known is not None:
-            order = {i: asked[i].instance for part in kinds.values() for i in part}
-            at.trunks.keep(packed, known, first_targets(order, keep))
-        at.trunks.counts["tokens"] += batch.token_ids.numel()
-        counts = [sum(len(q.targets) for i in part for q in asked[i].instance.queries) for part in kinds.values()]
-        targets = batch.target_of_query.split(counts)
-        yield values, [_part(i, asked, values, t) for i, t in zip(kinds.values(), targets, strict=True)]
-
-
-def _must_fit(backbone: Backbone, queries: Sequence[Query]) -> None:
-    longest, most = max((len(query.tokens) for query in queries), default=0), backbone.max_positions
-    if most is not None and longest > most:
-        raise UsageError(
-            f"backbone {backbone.name}: a text of {longest} tokens is longer than the {most} that it can be given; "
-            "leave out what is long, or give another --backbone"
-        )
-
-
-def _part(indices: list[int], asked: Sequence[_Asked], values: Tensor, targets: Tensor) -> _Part:
-    queries = [(place, query) for place, i in enumerate(indices) for query in asked[i].instance.queries]
-
-    def tensor(numbers: Iterable[int]) -> Tensor:
-        return torch.tensor(list(numbers), dtype=torch.int64, device=values.device)
-
-    outputs = Outputs(
-        values,
-        value_of_target=targets,
-        query_of_target=tensor(number for number, (_, query) in enumerate(queries) for _ in query.targets),
-        labels=tensor(label for _, query in queries for label in query.labels or [0] * len(query.targets)),
-        instance_of_query=tensor(place for place, _ in queries),
-        candidate_of_query=tensor(
-            candidate
-            for i in indices
-            for candidate in asked[i].instance.candidates or range(len(asked[i].instance.queries))
-        ),
-    )
-    first = asked[indices[0]]
-    return _Part(indices, first.objective, first.head, outputs, tensor(asked[i].instance.gold for i in indices))
+            order = {i: asked[i].instance for part in current.parts for i in part.indices}
+            at.trunks.keep(current.on_host, known, first_targets(order, keep))
+        at.trunks.counts["tokens"] += current.batch.token_ids.numel()
+        yield values, current.parts
+        current = after
 
 
 def backward_passes(
@@ -180,15 +127,18 @@ def backward_passes(
     asked = _flat(questions)
     losses = torch.zeros(len(asked), dtype=torch.float64)
     passes = padded(my_passes([each.instance.queries for each in asked], at.world, at.size), at.everyone)
+    found: list[tuple[list[int], Tensor]] = []
     for number, (values, parts) in enumerate(_computed(at, asked, passes, prompts), start=1):
         total = None if parts else values.sum()  # of nothing, but it goes backward with the others
-        for indices, objective, head, outputs, gold in parts:
-            loss = objective.loss(outputs, gold, head)
-            losses[indices] = loss.detach().double().cpu()
-            weighted = (loss * weights[indices].to(loss)).sum()
+        for part in parts:
+            loss = part.objective.loss(part.outputs(values), part.gold, part.head)
+            found.append((part.indices, loss.detach()))
+            weighted = (loss * moved(weights[part.indices].to(loss.dtype), loss.device)).sum()
             total = weighted if total is None else total + weighted
         assert total is not None
         backward(total, number == len(passes))
+    for indices, loss in found:  # which waits for a GPU
+        losses[indices] = loss.double().cpu()
     return at.world.sum_(losses, "losses")
 
 
@@ -234,19 +184,18 @@ def _read(at: Workplace, questions: Mapping[int, Questions], prompts: Tensor | N
     asked = [one._replace(instance=groups.going_on(name, one.instance)) for name, one in zip(names, asked, strict=True)]
     asked = _cut_once(at, asked)
     found = {task: each.objective.blank(len(each.instances)) for task, each in questions.items()}
-    mine = my_passes(
-        [each.instance.queries for each in asked], at.world, at.size, [groups.number(name) for name in names]
-    )
+    ranks = groups.ranks(names, [each.instance for each in asked], at.world.size)
+    mine = my_passes([each.instance.queries for each in asked], at.world, at.size, ranks)
     own = sorted(i for indices in mine for i in indices)
     keep = groups.to_keep({i: (names[i], asked[i].instance) for i in own if asked[i].objective.goes_on})
-    for _, parts in _computed(at, asked, padded(mine, at.everyone), prompts, keep):
-        for indices, objective, head, outputs, gold in parts:
+    for values, parts in _computed(at, asked, padded(mine, at.everyone), prompts, keep):
+        for part in parts:
             rows_of: dict[int, list[int]] = {}
-            for row, i in enumerate(indices):
+            for row, i in enumerate(part.indices):
                 rows_of.setdefault(place[i][0], []).append(row)
-            for name, values in objective.read(outputs, gold, head).items():
+            for name, read in part.objective.read(part.outputs(values), part.gold, part.head).items():
                 for task, rows in rows_of.items():
-                    found[task][name][[place[indices[row]][1] for row in rows]] = values[rows]
+                    found[task][name][[place[part.indices[row]][1] for row in rows]] = read[rows]
     return [_of_all_ranks(each, at.world) for each in found.values()]
 
 
@@ -268,26 +217,26 @@ def joint_answers(
     found: list[tuple[list[int], Answers]] = []
     # The scores of all instances of a part are in memory, 64 MB. Each rank has all wordings of its instances, which are
     # packed together: where they begin alike, mostly with the subject, that is computed once.
-    part = max(1, (1 << 24) // at.backbone.vocabulary_size)
+    at_once = max(1, (1 << 24) // at.backbone.vocabulary_size)
     share = range(at.world.rank, count, at.world.size)
-    for start in range(0, len(range(0, count, at.world.size)), part):  # as often on all ranks
-        mine = share[start : start + part]
+    for start in range(0, len(range(0, count, at.world.size)), at_once):  # as often on all ranks
+        mine = share[start : start + at_once]
         asked = _cut_once(at, _flat([Questions([wording[i] for i in mine], objective) for wording in wordings]))
         passes = padded(split_into_passes([each.instance.queries for each in asked], at.size), at.everyone)
         together: Tensor | None = None
-        for _, parts in _computed(at, asked, passes, None):
-            for indices, _, head, outputs, _ in parts:
-                scores = objective.scores(outputs, head)
+        for values, parts in _computed(at, asked, passes, None):
+            for part in parts:
+                scores = objective.scores(part.outputs(values), part.head)
                 if together is None:
                     together = torch.zeros(len(mine), scores.shape[1], dtype=scores.dtype, device=scores.device)
                 weight = torch.tensor(
-                    [weights[i // len(mine)] for i in indices], dtype=scores.dtype, device=scores.device
+                    [weights[i // len(mine)] for i in part.indices], dtype=scores.dtype, device=scores.device
                 )
-                instance = torch.tensor([i % len(mine) for i in indices], dtype=torch.int64, device=scores.device)
+                instance = torch.tensor([i % len(mine) for i in part.indices], dtype=torch.int64, device=scores.device)
                 together.index_add_(0, instance, scores.log_softmax(1) * weight[:, None])
         if together is not None:
             gold = torch.tensor([wordings[0][i].gold for i in mine], dtype=torch.int64, device=together.device)
             found.append((list(mine), objective.answer(together, gold)))
     everywhere = [one for rank in at.world.gather(found) for one in rank]
     order = torch.tensor([i for places, _ in everywhere for i in places]).argsort()
-    return {name: torch.cat([part[name] for _, part in everywhere])[order] for name in everywhere[0][1]}
+    return {name: torch.cat([answer[name] for _, answer in everywhere])[order] for name in everywhere[0][1]}

@@ -5,7 +5,8 @@ task's queries, each task gets exactly the gradient that it would get alone.
 
 The backbone never sees the prompt encoders, only their output, a matrix of a few vectors. Its gradient is all that
 passes and ranks add up; each rank then runs it through its own replica of the encoders. So what is communicated is
-[pseudo tokens, hidden size] however large the encoders are.
+[pseudo tokens, hidden size] however large the encoders are. All replicas use the vectors of the first, whose encoders
+are those that are saved: were a kernel not deterministic, the others would be no part of the results.
 
 A task whose loss is not a number any more is retired, and the others go on. In a packed row it makes its neighbours'
 losses infinite or undefined as well, so such a step is computed again with each task in passes of its own: what is
@@ -92,7 +93,7 @@ def train_step(
     outputs = torch.cat([encoder() for encoder in encoders]) if encoders else None
     prompts = None
     if outputs is not None:
-        prompts = outputs.detach().requires_grad_()
+        prompts = at.world.same_(outputs.detach().clone(), "prompts").requires_grad_()
     elif weights is None:  # nothing to train here, but this rank's part of the backbone is still needed
         prompts = torch.zeros(1, at.backbone.embedding_size, device=at.backbone.device, requires_grad=True)
     with nullcontext() if weights is None else weights.learning(*_seed(learners[0])):
@@ -187,7 +188,8 @@ def score_dev(
         offset += learner.data.num_pseudo_tokens
         if learner.encoder is not None:
             vectors.append(learner.encoder())
-    found = answers(at, questions, torch.cat(vectors) if vectors else None)
+    prompts = at.world.same_(torch.cat(vectors), "prompts") if vectors else None
+    found = answers(at, questions, prompts)
     lines = []
     for learner, one in zip(learners, found, strict=True):
         scores = learner.data.objective.measure(one, learner.data.dev)

@@ -171,7 +171,7 @@ class Trainer:
             if stopping:
                 raise Interrupted(f"interrupted after step {self.step}; continue with --resume")
         self.at.trunks.known.clear()
-        own = {learner.data.name: learner.result() for learner in self.learners}
+        own = {each.data.name: each.result() for each in self.learners if self.at.world.rank == 0}
         found = {name: result for part in self.at.everyone.gather(own) for name, result in part.items()}
         return {name: found[name] for name in self._steps}
 

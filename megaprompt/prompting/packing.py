@@ -68,6 +68,17 @@ class PackedBatch:
         query = position[:, None]
         return ((self.visible_from[:, None, :] <= query) & (query < self.visible_until[:, None, :]))[:, None]
 
+    def added_mask(self, dtype: torch.dtype) -> Tensor:
+        """The same to be added to scores: 0 where it is True, else the least number there is.
+
+        Its rows stand a multiple of 16 elements apart, or attention on a GPU would copy it in each layer.
+        """
+        mask = self.attention_mask()
+        width = -(-mask.shape[-1] // 16) * 16
+        least = torch.finfo(dtype).min
+        added = torch.full((*mask.shape[:-1], width), least, dtype=dtype, device=mask.device)[..., : mask.shape[-1]]
+        return added.masked_fill_(mask, 0)
+
     def padding_mask(self) -> Tensor:
         """[R, T] int64: 1 where there is a token, of rows with one query each."""
         position = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
@@ -75,13 +86,18 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
-        return self.map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: moved(tensor, device))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         """The same batch with its tensors changed."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         changed = {name: change(value) for name, value in tensors.items()}
         return PackedBatch(self.one_by_one, self.trunks, **changed)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on another device; to a GPU without waiting for what that is at."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def _pieces(texts: Sequence[tuple[int, ...]], lengths: Sequence[int], row_tokens
     waiting: list[tuple[range, int, int | None]] = [(range(len(texts)), 0, None)] if texts else []
     while waiting:
         some, start, parent = waiting.pop()
-        end = _common(texts[some[0]], texts[some[-1]])  # of all between them too, since they are sorted
+        end = common(texts[some[0]], texts[some[-1]])  # of all between them too, since they are sorted
         if pays(start, end, some):
             pieces.append(_Piece(start, end, some, parent))
             start, parent = end, len(pieces) - 1
@@ -128,6 +128,6 @@ def _pieces(texts: Sequence[tuple[int, ...]], lengths: Sequence[int], row_tokens
     return pieces
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many elements two sequences begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

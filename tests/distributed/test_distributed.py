@@ -302,6 +302,33 @@ def test_backbone_is_bit_identical_and_owns_nothing_under_zero3(backbone_directo
     assert run_script(FROZEN, tmp_path, 2, backbone_directory, ZERO3[1]).count("fine") == 2
 
 
+REPLICAS = """
+import sys, torch
+from megaprompt.backbone import load_backbone
+from megaprompt.distributed.launch import joined_world
+from megaprompt.engine.trainer import Hooks
+from tests.engine.test_trainer import trainer_for
+
+with joined_world(force=True) as world:
+    backbone = load_backbone(sys.argv[1], torch.float64)
+    expected = trainer_for(backbone).train(Hooks())
+    trainer = trainer_for(backbone, world=world)
+    if world.rank == 1:  # as if its kernels had added up in another order, only worse
+        with torch.no_grad():
+            for learner in trainer.learners:
+                for parameter in learner.parameters:
+                    parameter.mul_(1.5)
+    for name, one in trainer.train(Hooks()).items():
+        torch.testing.assert_close(one.kept.vectors, expected[name].kept.vectors, rtol=1e-9, atol=1e-9)
+        assert one.dev == expected[name].dev
+print(f"rank {world.rank} of {world.size} fine")
+"""
+
+
+def test_a_replica_that_drifts_is_no_part_of_the_results(backbone_directory, tmp_path):
+    assert run_script(REPLICAS, tmp_path, 2, backbone_directory).count("fine") == 2
+
+
 def test_no_rank_ever_holds_the_whole_backbone(backbone_directory, tokenizer, tmp_path):
     """Peak resident memory of each of 4 ranks, on a backbone of 0.5 GB: a quarter of it, one layer, and change."""
     config = LlamaConfig(

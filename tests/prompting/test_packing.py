@@ -75,6 +75,17 @@ def test_mask_is_the_ancestor_relation():
     assert not mask.triu(1).any(), "no node sees a later one"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_mask_that_is_added_is_the_same_and_aligned(dtype):
+    batch = pack(random_queries(3, 30), row_tokens=43)
+    mask, added = batch.attention_mask(), batch.added_mask(dtype)
+    assert added.shape == mask.shape
+    assert torch.equal(added == 0, mask)
+    assert (added[~mask] == torch.finfo(dtype).min).all()
+    assert added.stride(-1) == 1
+    assert not any(stride % 16 for stride in added.stride()[:-1])
+
+
 def test_rows_are_within_the_limit_and_even():
     queries = random_queries(4, 200)
     batch = pack(queries, row_tokens=64)
