@@ -50,7 +50,7 @@ asked_for() {
 # already in the run's directory. On a login node: check the arguments and submit SCRIPT, with the arguments that it was
 # started with.
 probe_job() {
-  local script=$1 name=${SLURM_JOB_NAME:-$(basename "$1")} out started step="" code=1 time_is_up="" signalled=""
+  local script=$1 name=${SLURM_JOB_NAME:-$(basename "$1")} out started end step="" code=1 time_is_up="" signalled=""
   local command=${COMMAND:-probe}
   shift
 
@@ -71,12 +71,17 @@ probe_job() {
 
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
     unset MEGAPROMPT_LOGIN_NODE
-    exec sbatch "$script" "${SUBMITTED[@]}"
+    local options
+    read -ra options <<<"${SBATCH_OPTIONS:-}"
+    exec sbatch "${options[@]}" "$script" "${SUBMITTED[@]}"
   fi
 
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
   # When the job ends, which older Slurms do not tell it: no checkpoint is begun that would not be complete by then.
-  SLURM_JOB_END_TIME=$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null || true)
+  if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+    end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2>/dev/null || true)
+    [[ -z $end ]] || SLURM_JOB_END_TIME=$(date -d "$end" +%s 2>/dev/null || true)
+  fi
   export SLURM_JOB_END_TIME
   if [[ ! $time_is_up ]]; then
     # A rank that fails takes the others along. In the background, since bash runs traps between foreground commands.
@@ -133,12 +138,12 @@ array_of_runs() {
   elif [[ ${MEGAPROMPT_REPORT:-} ]]; then
     if [[ ${PARTS:-} ]]; then # a run of which no part is complete has no scores yet
       mapfile -t results < <(grep -ls '"complete": true' "$out"/runs/*/*/results.json)
-      mapfile -t results < <(printf '%s\n' "${results[@]%/*/results.json}" | sort -u)
+      ((${#results[@]} == 0)) || mapfile -t results < <(printf '%s\n' "${results[@]%/*/results.json}" | sort -u)
     else
       results=("$out"/runs/*/results.json)
       results=("${results[@]%/results.json}")
     fi
-    "${PYTHON[@]}" -m megaprompt report "${results[@]}" --out "$out"
+    [[ ! -e ${results[0]:-} ]] || "${PYTHON[@]}" -m megaprompt report "${results[@]}" --out "$out"
     for ((task = 0; task < count; task++)); do
       run_of "$task"
       if ! grep -qs '"complete": true' "$run/results.json"; then

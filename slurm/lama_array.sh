@@ -31,8 +31,8 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
 elif [[ ${MEGAPROMPT_REPORT:-} ]]; then
   "${PYTHON[@]}" -m megaprompt report "$out"
   for relation in "${relations[@]}"; do
-    if [[ ! -f $out/$relation/results.json ]]; then
-      echo "lama_array.sh: no results of $relation; see the log of its task" >&2
+    if ! grep -qs '"complete": true' "$out/$relation/results.json"; then
+      echo "lama_array.sh: $relation is not complete; see the log of its task" >&2
       missing=1
     fi
   done

@@ -67,6 +67,12 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
+_GOES_ON = dict.fromkeys(("probe", "superglue", "rerun"), "; continue with --resume") | dict.fromkeys(
+    ("data", "convert", "memory"), "; start the command again"
+)
+"""What to do after an interruption, where something can be done."""
+
+
 def _explain(error: BaseException, args: Sequence[str]) -> tuple[int, str]:
     """The exit code, and the line for the user."""
     text = " ".join(str(error).split())
@@ -76,10 +82,7 @@ def _explain(error: BaseException, args: Sequence[str]) -> tuple[int, str]:
         case CycloptsError():
             return 2, said_of(error)
         case KeyboardInterrupt():
-            return (
-                130,
-                f"interrupted; {'start the command again' if args[:1] == ['data'] else 'continue with --resume'}",
-            )
+            return 130, f"interrupted{_GOES_ON.get(next(iter(args), ''), '')}"
         case ImportError():
             return 1, f"{text}; install the requirements"
         case _:

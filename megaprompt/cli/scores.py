@@ -13,6 +13,7 @@ from megaprompt.errors import MegapromptError
 def evaluate(config: EvaluateConfig) -> None:
     """Score saved prompts on facts."""
     from rich.table import Table
+    from rich.text import Text
 
     from megaprompt.files import write_file
     from megaprompt.report.html import write_report
@@ -22,15 +23,16 @@ def evaluate(config: EvaluateConfig) -> None:
     scores = evaluate_all(config) if config.report else evaluate(config)
     if config.out is not None:
         write_file(config.out, json.dumps(scores, indent=1, ensure_ascii=False).encode() + b"\n")
-    table = Table(title=f"{scores['data']}, {scores['split']}, among {scores['vocabulary']}")
+    table = Table(title=Text(f"{scores['data']}, {scores['split']}, among {scores['vocabulary']}"))
     labels = any(beside(name, row["label"]) for name, row in scores.get("relations", {}).items())
     names = ("method", "relations") if config.report else ("relation", *["label"] * labels, "facts")
     for column in (*names, "P@1", "P@10", "MRR"):
         table.add_column(column, justify="left" if column in ("method", "relation", "label") else "right")
     for method, found in scores.get("methods", {}).items():
-        table.add_row(method, str(found["macro"]["relations"]), *_percents(found["macro"]))
+        table.add_row(Text(method), str(found["macro"]["relations"]), *_percents(found["macro"]))
     for name, row in scores.get("relations", {}).items():
-        table.add_row(name, *[beside(name, row["label"])] * labels, str(row["facts"]), *_percents(row))
+        told = [Text(text) for text in (name, *[beside(name, row["label"])] * labels)]
+        table.add_row(*told, str(row["facts"]), *_percents(row))
     table.add_section()
     for name in () if config.report else ("macro", "micro"):
         table.add_row(name, *[""] * labels, "", *_percents(scores[name]))
@@ -46,6 +48,7 @@ def _percents(row: dict[str, Any]) -> list[str]:
 def rerun(config: RerunConfig) -> None:
     """Repeat a run, and tell whether the same comes out."""
     from rich.table import Table
+    from rich.text import Text
 
     from megaprompt.distributed.launch import joined_world
     from megaprompt.run.job import probe, superglue
@@ -62,7 +65,7 @@ def rerun(config: RerunConfig) -> None:
         table.add_column(heading, justify="right")
     for method, (before, now, count, differ) in found.rows.items():
         scores = ("–" if score is None else f"{100 * score:.1f}" for score in (before, now))
-        table.add_row(method, *scores, str(count), str(differ))
+        table.add_row(Text(method), *scores, str(count), str(differ))
     show(table)
     for line in found.origins:
         print(line)

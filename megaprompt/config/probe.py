@@ -80,6 +80,8 @@ class ProbeConfig(RunConfig):
         super().__post_init__()
         above_zero(self, "limit_facts", "autoprompt_steps", "candidates")
         self.discrete_prompts()
+        if self.wordings is not None and not {"best-manual", "best"} & set(self.methods):
+            raise UsageError("--wordings: is for best-manual, and best; add one of them to --methods")
         if self.init == "manual" and (self.encoder != "none" or self.template is not None):
             raise UsageError("--init manual: give --encoder none, and no --template")
 

@@ -119,8 +119,11 @@ def _check_keys(option: str, config: dict[str, Any]) -> None:
 
 def _check_zero(option: str, config: dict[str, Any]) -> None:
     """Refuse what DeepSpeed allows, but is no use for a frozen backbone."""
+    for section in ("zero_optimization", "fp16", "bf16"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UsageError(f"{option}: {section} is {json.dumps(config[section])}; give an object of settings")
     zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    stage = zero.get("stage", 0)
     if stage not in (0, 3):
         raise UsageError(
             f"{option}: zero_optimization.stage is {stage}; set it to 3, which shards parameters (a frozen backbone "

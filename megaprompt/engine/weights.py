@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -119,8 +118,7 @@ class Weights:
         """The weights as they are, on the CPU; None if they are sharded, or a rank has too little memory for it. All
         ranks must call it."""
         size = sum(parameter.nbytes for parameter in self.backbone.parameters())
-        short = self.sharded or psutil.virtual_memory().available < 2 * size * self.world.size
-        if self.world.max_(torch.tensor(int(short)), "schedule"):
+        if self.sharded or self.world.free_host_memory() < 2 * size:
             return None
         return [parameter.detach().to("cpu", copy=True) for parameter in self.backbone.parameters()]
 

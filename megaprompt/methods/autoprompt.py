@@ -11,6 +11,7 @@ are objects of training facts are no candidates: the prompt shall ask, not answe
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -75,10 +76,10 @@ class AutoPrompt:
             test = filled(task.instances("test", template), found.tokens)
             row = context.row(task, template, found.dev, tokens=found.tokens, steps=found.step)
             row["template"] = text_of(template, found.tokens, context.backbone)
+            context.save_template("autoprompt", task, row["template"])
             return {"autoprompt": Scored(row, answers(at, [Questions(test, task.objective)], None)[0])}
 
-        rows = context.each_task(self.columns, score, own_progress=True)
-        context.save_templates("autoprompt", {name: row["template"] for name, row in rows["autoprompt"].items()})
+        context.each_task(self.columns, score, own_progress=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- the search
@@ -215,7 +216,13 @@ def search(
             selects = data.objective.selects
             better = best is None or [found.dev[n] for n in selects] > [best.dev[n] for n in selects]
             best = found if better else best
-            about = {"relation": data.task, "step": step, "loss": loss.min().item(), "best": better}
+            about = {
+                "time": time.time(),
+                "relation": data.task,
+                "step": step,
+                "loss": loss.min().item(),
+                "best": better,
+            }
             hooks.log({**about, **{f"dev_{name}": found.dev[name] for name in selects}, "tokens": tokens})
         hooks.progress(step, settings.steps, step)
         if at.world.max_(torch.tensor(int(hooks.should_stop())), "schedule"):

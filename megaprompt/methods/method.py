@@ -124,8 +124,8 @@ class Context(Protocol):
     ) -> None:
         """Write what was learned or chosen to a file of its own."""
 
-    def save_templates(self, name: str, templates: Mapping[str, str]) -> None:
-        """Write templates that were found, by task, as `--discrete` reads them."""
+    def save_template(self, name: str, task: Task, template: str) -> None:
+        """Write a template that was found, as `--discrete` reads them."""
 
     def trainable_backbone(self) -> AbstractContextManager[tuple[Backbone, dict[str, Any] | None]]:
         """The backbone with its original weights, to be trained, and the DeepSpeed configuration for that. The frozen

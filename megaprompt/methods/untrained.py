@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megaprompt.engine.passes import Questions, answers
+from megaprompt.errors import MegapromptError
 from megaprompt.methods.method import Context
 from megaprompt.prompting.template import Template
 from megaprompt.seeds import seed_of
@@ -90,6 +91,32 @@ def choose(context: Context, task: Task, wordings: Sequence[Wording]) -> list[Tr
         dropped = tried[keep:] + dropped
         left = [each.wording for each in tried[:keep]]
         until = total if keep == 1 else min(total, 2 * done)
+
+
+def check_lengths(context: Context) -> None:
+    """See that the backbone can read every example, before any time is spent on others.
+
+    Raises:
+        MegapromptError: names the first that is too long.
+    """
+    most = context.backbone.max_positions
+    if most is None:
+        return
+    for task in context.tasks.values():
+        template = task.default_template(context.backbone.causal) if task.manual is None else task.manual_template
+        others = len(template.text.encode()) + 32
+        for split in SPLITS:
+            for example in task.examples[split]:
+                # Every token is a byte at least, so that most examples need no closer look.
+                if others + sum(len(text.encode()) for text in (*example.fields.values(), example.answer)) <= most:
+                    continue
+                longest = max(len(query.tokens) for query in task.instance(example, template).queries)
+                if longest > most:
+                    what = " ".join(" ".join(example.fields.values()).split())[:60]
+                    raise MegapromptError(
+                        f"{task.name}, {split}: {what}... is {longest} tokens long, and {context.backbone.name} reads "
+                        f"{most}; shorten it, leave it out, or give another --backbone"
+                    )
 
 
 def readable(context: Context, task: Task, wordings: Sequence[Wording]) -> list[Wording]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -44,6 +44,14 @@ CITED = {
         _lama_29k("megatron-11b", 3072, 23.1, "OOM", "OOM", 64.2),
     ],
 }
+RELATIONS = frozenset(
+    f"P{number}"
+    for number in (
+        17, 19, 20, 27, 30, 31, 36, 37, 39, 47, 101, 103, 106, 108, 127, 131, 136, 138, 140, 159, 176, 178, 190, 264,
+        276, 279, 361, 364, 407, 413, 449, 463, 495, 527, 530, 740, 937, 1001, 1303, 1376, 1412,
+    )
+)  # fmt: skip
+"""LAMA's 41 of T-REx."""
 FACTS_OF_THE_PAPER = {"LAMA-34k": "34,039", "LAMA-29k": "about 29,000"}
 """Test facts, over 41 relations."""
 
@@ -54,8 +62,12 @@ def paper_vocabulary(name: str) -> str | None:
     return f"LAMA-{found[1]}k" if found else None
 
 
-def cited_scores(backbone: Mapping[str, Any], vocabulary: str | None) -> dict[str, float | str]:
-    """The paper's figures, if it has any for this model with this vocabulary."""
+def cited_scores(
+    backbone: Mapping[str, Any], vocabulary: str | None, relations: Iterable[str]
+) -> dict[str, float | str]:
+    """The paper's figures, if it has any for this model with this vocabulary, and all relations are LAMA's."""
+    if not set(relations) <= RELATIONS:
+        return {}
     name = PurePath(backbone["name"]).name.lower().replace("_", "-")
     for cited in CITED.get(paper_vocabulary(vocabulary or "") or "", ()):
         if cited.model == name and cited.hidden_size == backbone["hidden_size"]:

@@ -111,7 +111,7 @@ class SuperGlueTable:
     """Runs on SuperGLUE, on the tasks that all of them have."""
 
     setting: str  # few-shot, full
-    examples: dict[str, int]  # of test, by task, in the paper's order
+    examples: dict[str, str]  # how many of test, by task, in the paper's order
     columns: list[Column]  # of the tasks; the average is AVERAGE
     blocks: list[Block]
     chosen_on_test: bool  # as the paper did on full data
@@ -158,8 +158,15 @@ def superglue_table(table: Table2) -> SuperGlueTable | None:
         cited = cited_table(run.results["backbone"], setting) if run and not run.control else None
         rte = rte_by_pattern(row) if "RTE" in table.relations else []
         blocks.append(Block(row.name, lines, cited, rte, _constant(row, columns)))
-    examples = {task: table.relations[task]["facts"]["test"] for task in TASKS if task in table.relations}
+    examples = {task: _counts(table, task) for task in TASKS if task in table.relations}
     return SuperGlueTable(setting, examples, columns, blocks, "chosen on the validation set" in table.data)
+
+
+def _counts(table: Table2, task: str) -> str:
+    """How many examples of a task were scored, of all runs."""
+    place = list(table.relations).index(task)
+    counts = {int(n) for row in table.rows for cell in row.cells.values() for n in cell.facts[:, place]}
+    return " or ".join(f"{n:,}" for n in sorted(counts))
 
 
 def _constant(row: BackboneRow, columns: Sequence[Column]) -> dict[Column, float]:

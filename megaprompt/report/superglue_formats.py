@@ -80,7 +80,7 @@ def legend_of(table: SuperGlueTable) -> list[str]:
         sentences.append(
             "What was best on these examples was chosen (--select-on validation): other examples score less."
         )
-    counts = ", ".join(f"{task} {count:,}" for task, count in table.examples.items())
+    counts = ", ".join(f"{task} {count}" for task, count in table.examples.items())
     sentences.append(f"Examples that are scored: {counts}.")
     if numbers := sorted({block.cited.table for block in table.blocks if block.cited}):
         tables = " and ".join(f"Table {number}" for number in numbers)

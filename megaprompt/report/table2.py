@@ -16,7 +16,7 @@ from megaprompt.errors import MegapromptError
 from megaprompt.report.cited import cited_scores
 from megaprompt.report.runs import Run, Scoring, divergence, plural
 from megaprompt.report.settings import Settings, is_control_of, label_of, setups_of
-from megaprompt.report.tables import MARK, compared, leaders, methods_in_order, note_on_few, over_the_same
+from megaprompt.report.tables import MARK, compared, few_in_row, leaders, methods_in_order, over_the_same
 
 Average = Literal["macro", "micro"]
 RANDOM = "random weights"
@@ -146,14 +146,15 @@ def join(runs: Sequence[Run]) -> Table2:
         over = f"Over the {plural(len(everywhere), scoring.words.group)} of all runs."
         notes.append(f"{over} Left out: {count} ({', '.join(missing)}).")
     vocabulary = first["vocabulary"]["name"] if first["vocabulary"] else None
-    rows = []
+    rows, few = [], list[str]()
     for (settings, members), of_row in zip(setups, controls, strict=True):
         label = label_of(settings, [other for other, _ in setups])
-        paper = cited_scores(members[0].results["backbone"], vocabulary) if scoring.score == "p_at_1" else {}
+        paper = {} if members[0].control else cited_scores(members[0].results["backbone"], vocabulary, everywhere)
         cells = _cells(label, members, everywhere, scoring, notes)
+        few += few_in_row(label, [run.results for run in members], everywhere)
         rows.append(BackboneRow(label, cells, paper, _control_cells(cells, of_row, everywhere, scoring)))
-    notes += _notes_on_counts(rows, scoring)
-    notes += dict.fromkeys(note for run in runs for note in note_on_few(run.results))
+    notes += _notes_on_counts(rows, scoring, vocabulary)
+    notes += few
     methods = methods_in_order({method for row in rows for method in row.cells})
     relations = {name: first["relations"][name] for name in everywhere}
     return Table2(first["name"], vocabulary, scoring, relations, rows, methods, notes)
@@ -189,8 +190,13 @@ def _cells(
         chosen: dict[Any, Run] = {}  # by seed
         for run in runs:
             seed = run.options.get("seed", str(run.path))
-            if seed not in chosen and _is_usable(label, run, method, relations, scoring, notes):
-                chosen[seed] = run
+            if not _is_usable(label, run, method, relations, scoring, notes):
+                continue
+            other = chosen.setdefault(seed, run)
+            if any(
+                scoring.percent_of(run.row(method, n)) != scoring.percent_of(other.row(method, n)) for n in relations
+            ):
+                notes.append(f"{label}, {method}: left out of {run.path}, which has the seed of {other.path}.")
         if not chosen:
             continue
         rows = [[run.row(method, name) for name in relations] for run in chosen.values()]
@@ -268,7 +274,7 @@ def _is_usable(label: str, run: Run, method: str, relations: Sequence[str], scor
     return len(lacking) < len(relations)
 
 
-def _notes_on_counts(rows: Sequence[BackboneRow], scoring: Scoring) -> list[str]:
+def _notes_on_counts(rows: Sequence[BackboneRow], scoring: Scoring, vocabulary: str | None) -> list[str]:
     """What to say if the rows are about different numbers of test items."""
     counts = {row.name: {int(n) for cell in row.cells.values() for n in cell.facts.sum(1)} for row in rows}
     if len(set().union(*counts.values())) <= 1:
@@ -276,6 +282,8 @@ def _notes_on_counts(rows: Sequence[BackboneRow], scoring: Scoring) -> list[str]
     told = ", ".join(f"{name} {' or '.join(map(str, sorted(n)))}" for name, n in counts.items() if n)
     why = "--limit-examples, or their data, may differ."
     if scoring.items == "facts":
+        why = "--limit-facts, or their data, may differ."
+    if vocabulary is not None:
         why = "an object has to be one token of the backbone, and --limit-facts may differ. Compare backbones with a "
         why += "vocabulary that they share."
     return [f"The rows have different numbers of test {scoring.items} ({told}): {why}"]

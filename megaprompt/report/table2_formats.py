@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 import numpy as np
 import pandas as pd
@@ -17,10 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from megaprompt.report.cited import FACTS_OF_THE_PAPER, SOURCE, paper_vocabulary
-from megaprompt.report.runs import Run, plural, points
+from megaprompt.report.runs import plural, points
 from megaprompt.report.table2 import Average, BackboneRow, Cell, Table2
 from megaprompt.report.tables import MARK, lead_of, methods_in_order
-from megaprompt.report.wordings import over_wordings
 
 HEADINGS = {"manual": "MP", "fine-tuning": "FT", "manual+fine-tuning": "MP+FT", "p-tuning": "P-tuning"}
 HEADINGS |= {"p-tuning+fine-tuning": "P-tuning+FT"}
@@ -123,15 +123,19 @@ def legend(table: Table2) -> list[str]:
     if seeds:
         over = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
         sentences.append(f"±: standard deviation over {over} seeds.")
-    found = {row.name: over_wordings(run.results) for row in table.rows if (run := _run_of_manual(row))}
+    found = {row.name: _over_wordings(row) for row in table.rows}
     if several := {name: each for name, each in found.items() if each}:
-        told = (f"{name} {100 * mean:.1f} ± {100 * error:.1f}" for name, (mean, error, _) in several.items())
+        told = (f"{name} {mean:.1f} ± {error:.1f}" for name, (mean, error) in several.items())
         heading = f"{table.scoring.heading} over {items}, mean and standard error over manual wordings"
         sentences.append(f"{heading}: {', '.join(told)}.")
     if any(row.cited for row in table.rows):
         name = paper_vocabulary(table.vocabulary or "") or ""
         facts = sorted({int(n) for row in table.rows for cell in row.cells.values() for n in cell.facts.sum(1)})
-        here = plural(len(table.relations), "relation") + (f", {facts[-1]:,} test facts" if facts else "")
+        here = (
+            f"{table.data}, "
+            + plural(len(table.relations), "relation")
+            + (f", {facts[-1]:,} test facts" if facts else "")
+        )
         sentences.append(
             f"† Cited, not measured here: {SOURCE}, {name} (41 relations, {FACTS_OF_THE_PAPER[name]} test facts). "
             f"Here: {here}."
@@ -139,8 +143,11 @@ def legend(table: Table2) -> list[str]:
     return sentences
 
 
-def _run_of_manual(row: BackboneRow) -> Run | None:
-    return row.cells["manual"].runs[0] if "manual" in row.cells else None
+def _over_wordings(row: BackboneRow) -> tuple[float, float] | None:
+    """Mean and standard error of the score over all facts, %, over manual wordings; None if there are not several."""
+    columns = ["manual", *(method for method in row.cells if method.startswith("wording "))]
+    means = [row.cells[method].mean("micro")[0] for method in columns if method in row.cells]
+    return (fmean(means), stdev(means) / len(means) ** 0.5) if len(means) > 1 else None
 
 
 def _frame(table: Table2, average: Average) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -220,6 +220,16 @@ def note_on_few(results: Mapping[str, Any]) -> list[str]:
     return [note]
 
 
+def few_in_row(label: str, results: Sequence[Mapping[str, Any]], relations: Sequence[str]) -> list[str]:
+    """The same of the runs of a row, in short: their own pages name the relations."""
+    found = {name: few for each in results for name, few in few_facts(each).items() if name in relations}
+    if not found:
+        return []
+    scoring, few = Scoring.of(results[0]), results[0]["few"]
+    which = f"{len(found)} of {plural(len(relations), scoring.words.group)}"
+    return [f"{label}: {which} with fewer than {few} {scoring.items} in train or dev, little to choose with."]
+
+
 def compared(scoring: Scoring) -> str:
     """What becomes of averages over fewer relations than there are."""
     return f"The best is found among averages over the same {scoring.groups}; gains are over those that both have."

@@ -20,6 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from megaprompt.config import MemoryConfig
 from megaprompt.console import progress
@@ -192,7 +193,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     for column in _COLUMNS:
         result.add_column(column, justify="left" if column in _COLUMNS[:3] else "right", no_wrap=True)
     for row in rows:
-        result.add_row(*_cells(row))
+        result.add_row(*map(Text, _cells(row)))
     return result
 
 

@@ -79,8 +79,8 @@ def publish(scratch: Path, target: Path, step: int, files: Mapping[str, str], ab
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    """Complete checkpoints."""
-    return sorted(directory.glob("step-*"), reverse=True)
+    """Complete checkpoints. (Numbers of late waves have more digits than others.)"""
+    return sorted(directory.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def load_checkpoint(directory: Path, world: World) -> Checkpoint | None:

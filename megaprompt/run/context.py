@@ -21,13 +21,12 @@ from megaprompt.engine.trainer import Hooks, Interrupted, Trainer
 from megaprompt.methods.method import Scores, ScoreTask, ShouldStop
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.template import Template
-from megaprompt.report.html import write_report
 from megaprompt.run.averages import summarize
 from megaprompt.run.checkpoints import Parts
 from megaprompt.run.directory import RunDirectory
-from megaprompt.run.environment import peak_memory
 from megaprompt.run.interruption import stop_signals
 from megaprompt.run.progress import ProgressFile
+from megaprompt.run.results_file import ResultsFile
 from megaprompt.run.saved_prompts import SavedPrompt, prompt_file
 from megaprompt.run.training import one_after_the_other, train_resumably
 from megaprompt.tasks.objective import Answers
@@ -43,8 +42,7 @@ class RunContext:
         release: lets go of a backbone that was loaded to be trained.
     """
 
-    run: RunDirectory
-    results: dict[str, Any]
+    file: ResultsFile
     status: ProgressFile
     resume: bool
     data_name: str
@@ -56,6 +54,14 @@ class RunContext:
     half_precision_scale: LossScale
     load: Callable[[bool], tuple[Backbone, dict[str, Any] | None]] = field(repr=False)
     release: Callable[[Backbone], None] = field(repr=False)
+
+    @property
+    def run(self) -> RunDirectory:
+        return self.file.run
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return self.file.results
 
     @property
     def backbone(self) -> Backbone:
@@ -97,14 +103,6 @@ class RunContext:
     def row(self, task: Task, template: Template, dev: Scores | None = None, **more: Any) -> dict[str, Any]:
         return _row(task, template, dev) | {name: x for name, x in more.items() if name != "diverged" or x is not None}
 
-    def save(self, report: bool = True) -> None:
-        """Write the results so far, and the report."""
-        self.results["peak_memory_bytes"] = peak_memory(self.world)
-        if self.world.is_main:
-            self.run.write_results(self.results)
-            if report:
-                write_report(self.run.path)
-
     def each_task(
         self,
         columns: Sequence[str],
@@ -122,7 +120,9 @@ class RunContext:
         todo = [name for name in names or self.tasks if not self.is_scored(columns, name)]
         start, count = time.monotonic(), len(names or self.tasks)
         shown = progress(title, count, self.world.is_main and not own_progress, unit="relations")
-        with stop_signals() as should_stop, shown as update:
+        timing = self.results["timing"]
+        earlier = {column: timing.get(column, {}).get("seconds", 0.0) for column in columns}
+        with stop_signals() as should_stop, shown as update, self.file.saved_at_the_end():
             for number, name in enumerate(todo, start=count - len(todo) + 1):
                 self.status.phase(f"{title} {name}")
                 if self.world.max_(torch.tensor(int(should_stop())), "schedule"):
@@ -130,16 +130,16 @@ class RunContext:
                 for column, (row, found, way) in score(self.tasks[name], should_stop).items():
                     own = self.run if self.world.is_main else None
                     rows[column][name] = row | _measured(own, column, way or self.tasks[name], found)
-                self.save(report=False)
+                    timing[column] = {"seconds": earlier[column] + time.monotonic() - start}
+                self.file.save(report=False, soon=True)
                 update(number)
         if all(self.is_scored(columns, name) for name in self.tasks):
             for column in columns:
                 self.baseline(column, {name: rows[column][name] for name in self.tasks})
-                self.results["timing"][column] = {"seconds": time.monotonic() - start}
                 del unfinished[column]
             if not unfinished:
                 del self.results["unfinished"]
-            self.save()
+            self.file.save()
         return rows
 
     def rows(self, column: str) -> Mapping[str, dict[str, Any]]:
@@ -152,7 +152,7 @@ class RunContext:
     def once(self, name: str, find: Callable[[], int]) -> int:
         if name not in self.results:
             self.results[name] = find()
-            self.save(report=False)
+            self.file.save(report=False)
         return int(self.results[name])
 
     def kept(self, name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -181,9 +181,9 @@ class RunContext:
             prompt = SavedPrompt.of(self.backbone, kept, dev, about | {"before": before, "method": method})
             prompt.save(prompt_file(self.run.path, method, task.name))
 
-    def save_templates(self, name: str, templates: Mapping[str, str]) -> None:
+    def save_template(self, name: str, task: Task, template: str) -> None:
         if self.world.is_main:
-            self.run.write_templates(name, templates)
+            self.run.replace_template(name, task.name, template)
 
 
 def _row(task: Task, template: Template, dev: Scores | None) -> dict[str, Any]:

@@ -106,10 +106,10 @@ class RunDirectory:
         kept = [line for line in self.read_predictions(relation) if line["method"] != method]
         self.write_predictions(relation, [*kept, *({"schema": SCHEMA, "method": method, **line} for line in lines)])
 
-    def write_templates(self, name: str, templates: Mapping[str, str]) -> None:
-        """Templates that were found, by task, as `--discrete` reads them."""
-        rows = ({"relation": relation, "template": template} for relation, template in templates.items())
-        self._write_lines(f"{name}.jsonl", rows)
+    def replace_template(self, name: str, relation: str, template: str) -> None:
+        """Write a template that was found, instead of that which the relation has, as `--discrete` reads them."""
+        kept = [line for line in _json_lines(self.path / f"{name}.jsonl") if line["relation"] != relation]
+        self._write_lines(f"{name}.jsonl", [*kept, {"relation": relation, "template": template}])
 
     def _write_lines(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -117,9 +117,15 @@ class RunDirectory:
 
     # ------------------------------------------------------------------------------------------------------------- log
 
-    def append_log(self, line: Mapping[str, Any]) -> None:
+    def append_log(self, *lines: Mapping[str, Any]) -> None:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def mend_log(self) -> None:
+        """Cut off a last line that is not whole: the disk was full, or the process killed."""
+        path = self.path / "log.jsonl"
+        text = path.read_bytes() if path.exists() else b""
+        self.truncate_log(text.rfind(b"\n") + 1)
 
     def read_log(self) -> list[dict[str, Any]]:
         """The lines of the log so far."""
@@ -134,11 +140,11 @@ class RunDirectory:
         """Leave out the log lines of prompts that were learned for tasks, which name no method."""
         self._keep(lambda line: "method" in line or line["relation"] not in tasks)
 
-    def forget(self, method: str, task: str, candidate: str | None = "") -> None:
+    def forget(self, method: str, task: str, candidate: str = "") -> None:
         """Leave out the log lines of a method about a task and candidate (none if it has no name): it is done again
-        from its start. Or, if None, those about what was chosen."""
+        from its start."""
         about = (method, task, candidate)
-        self._keep(lambda line: (line.get("method"), line["relation"], _candidate_of(line)) != about)
+        self._keep(lambda line: (line.get("method"), line["relation"], line.get("candidate", "")) != about)
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         lines = self.read_log()
@@ -148,22 +154,20 @@ class RunDirectory:
 
     def log_choices(self, methods: Mapping[str, Mapping[str, Any]]) -> None:
         """Append what methods, as in results.json, tried and chose for each relation."""
-        for method, found in methods.items():
-            for relation, row in found["relations"].items():
-                if tried := row.get("tried"):
-                    self.forget(method, relation, None)
-                    chosen = row.get("chosen", tried[0])
-                    about = {"time": time.time(), "method": method, "relation": relation}
-                    self.append_log(about | {"chosen": chosen, "tried": tried})
+        self._keep(lambda line: "tried" not in line)  # of an earlier end that was interrupted
+        lines = (
+            {"time": time.time(), "method": method, "relation": relation, "chosen": row.get("chosen", tried[0])}
+            | {"tried": tried}
+            for method, found in methods.items()
+            for relation, row in found["relations"].items()
+            if (tried := row.get("tried"))
+        )
+        self.append_log(*lines)
 
     def truncate_log(self, size: int) -> None:
         """Forget log lines after `size` bytes: they belong to steps that will be taken again."""
         if self.log_size() > size:
             os.truncate(self.path / "log.jsonl", size)
-
-
-def _candidate_of(line: Mapping[str, Any]) -> str | None:
-    return None if "tried" in line else line.get("candidate", "")
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

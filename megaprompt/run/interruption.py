@@ -13,13 +13,21 @@ logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+_outer: Callable[[], bool] | None = None  # of the block around all others, whose answer they share
+
+
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether to stop.
 
     SIGINT (Ctrl-C), SIGTERM or SIGUSR1 (a job's time is nearly over) once: stop after the current step, with a
-    checkpoint. A second time: at once.
+    checkpoint. A second time: at once. Blocks within others tell the same: what was asked for is not forgotten between
+    them.
     """
+    global _outer
+    if _outer is not None:
+        yield _outer
+        return
     asked = False
 
     def handler(number: int, _: Any) -> None:
@@ -34,7 +42,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     except ValueError:  # not in the main thread, as in a notebook's worker: signals are the caller's business
         before = {}
     try:
-        yield lambda: asked
+        _outer = lambda: asked  # noqa: E731
+        yield _outer
     finally:
+        _outer = None
         for number, old in before.items():
             signal.signal(number, old)

@@ -8,34 +8,40 @@ results = probe(ProbeConfig(relations=("P36", "P30"), out=Path("runs/two")))
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megaprompt import __version__
 from megaprompt.backbone import Backbone, dtype_of, is_causal, load_backbone
 from megaprompt.config import AUTO, PASS_TOKENS, ProbeConfig, RunConfig, SuperGlueConfig
 from megaprompt.distributed.deepspeed_config import DeepSpeedSettings, read_deepspeed_config
 from megaprompt.distributed.launch import joined_world
 from megaprompt.distributed.world import World
 from megaprompt.distributed.zero3 import release
+from megaprompt.engine.trainer import Interrupted
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.methods.method import Method
+from megaprompt.methods.untrained import check_lengths
 from megaprompt.prompting.packing import PassSize
+from megaprompt.report.html import write_report
 from megaprompt.resources.plan import bytes_of_pass
 from megaprompt.run.checkpoints import Parts
 from megaprompt.run.context import RunContext
 from megaprompt.run.directory import SCHEMA, RunDirectory
-from megaprompt.run.environment import environment
 from megaprompt.run.fitting import on_nodes, settled
+from megaprompt.run.interruption import stop_signals
 from megaprompt.run.material import Facts, ReadMaterial, SuperGlue
-from megaprompt.run.origin import check_same_files, command_line, digest_of_examples, digests, seeds
-from megaprompt.run.progress import ProgressFile
-from megaprompt.tasks.lama.questions import AskFor
-from megaprompt.tasks.task import SPLITS, Task
+from megaprompt.run.origin import (
+    check_same_examples,
+    check_same_files,
+    command_line,
+    digests,
+    seeds,
+)
+from megaprompt.run.progress import ProgressFile, read_progress
+from megaprompt.run.results_file import ResultsFile, go_on_with, new_results
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +88,11 @@ def _run_on(
     run = RunDirectory.open(config) if world.is_main else RunDirectory(config.out)
     results = world.gather(run.read_results() if config.resume else {})[0]
     if results.get("complete"):
-        logger.info("%s is complete; nothing to resume", run.path)
-        return results
+        return _completed(results, run, world, status)
     if results and results.get("schema") != SCHEMA:
         raise MegapromptError(f"--resume: {run.path} was written by another version of megaprompt; start a new run")
+    if config.resume and world.is_main:
+        run.mend_log()
     files = digests(material.files() if world.is_main else (), Path(config.data))
     if config.resume:
         status.phase("loading")
@@ -102,17 +109,19 @@ def _run_on(
     tasks, methods, ask_for = material.asked_of(backbone)
     if results and world.is_main:
         check_same_files(results["data"], files, run.path)
-    results = results or new_results(backbone, tasks, world, data=material.name, ask_for=ask_for)
+        check_same_examples(results["data"]["relations"], tasks, run.path)
+    if results:
+        go_on_with(results, backbone, world, run.path)
+    else:
+        results = new_results(backbone, tasks, world, data=material.name, ask_for=ask_for)
     results["deepspeed"] = str(configuration or "none")
     results["data"].setdefault("files", files)
     results.setdefault("seeds", seeds(config))
     results.setdefault("commands", []).append(command_line())
     results["pass_tokens"] = pass_tokens  # a run that goes on packs as before, so that it rounds as before
-    _check_same_backbone(results, backbone, run)
 
     context = RunContext(
-        run=run,
-        results=results,
+        file=ResultsFile(run, results, world),
         status=status,
         resume=config.resume,
         data_name=config.data,
@@ -128,23 +137,38 @@ def _run_on(
     del backbone  # the context lets go of it when another one is trained
     for method in methods:
         method.check(context)
+    check_lengths(context)
     if world.is_main and not config.resume:  # everything that can be wrong from the start has been checked
         run.write_config(config)
     return run_methods(context, methods)
+
+
+def _completed(results: dict[str, Any], run: RunDirectory, world: World, status: ProgressFile) -> dict[str, Any]:
+    """A run with nothing left to do, but maybe the report, if it ended while that was written."""
+    if world.is_main and read_progress(run.path)["state"] != "complete":
+        status.phase("report")
+        write_report(run.path)
+    logger.info("%s is complete; nothing to resume", run.path)
+    return results
 
 
 def run_methods(context: RunContext, methods: Sequence[Method]) -> dict[str, Any]:
     """Ask in all ways that have no results yet, and write everything down; returns what is in results.json."""
     results = context.results
     context.status.score(*next(iter(results["metrics"].items())))
-    context.save(report=False)
-    for method in methods:
-        if any(column not in results["methods"] for column in method.columns):
+    if not context.resume:  # job scripts see by its time whether anything was done since they started
+        context.file.save(report=False)
+    with stop_signals() as should_stop:
+        for method in methods:
+            if all(column in results["methods"] for column in method.columns):
+                continue
+            if context.world.max_(torch.tensor(int(should_stop())), "schedule"):
+                raise Interrupted(f"interrupted before {method.columns[0]}; continue with --resume")
             method.run(context)
-    if context.world.is_main:
-        context.run.log_choices(results["methods"])
-    results["complete"] = True
-    context.save()
+        if context.world.is_main:
+            context.run.log_choices(results["methods"])
+        results["complete"] = True
+        context.file.save()
     Parts(context.run.path, context.world).forget()
     context.world.barrier()
     return results
@@ -198,78 +222,3 @@ def _dtype(config: RunConfig, deepspeed: DeepSpeedSettings, world: World) -> tor
             "ds_configs/zero3_bf16.json, or --dtype float32 (the default for fine-tuning without --deepspeed)"
         )
     return deepspeed.dtype or dtype_of(config.dtype, world.device)
-
-
-def _check_same_backbone(results: Mapping[str, Any], backbone: Backbone, run: RunDirectory) -> None:
-    before = results["backbone"]
-    if before["fingerprint"] != backbone.fingerprint:
-        raise MegapromptError(
-            f"--resume: the weights of {backbone.name} are not those that {run.path} was started with"
-        )
-    if before["dtype"] != (dtype := _name(backbone)):
-        raise MegapromptError(
-            f"--resume: {run.path} was started in {before['dtype']}, not in {dtype}; give --dtype {before['dtype']} or "
-            f"the same --deepspeed"
-        )
-
-
-def _name(backbone: Backbone) -> str:
-    return str(backbone.model.dtype).removeprefix("torch.")
-
-
-def new_results(
-    backbone: Backbone,
-    tasks: Mapping[str, Task],
-    world: World,
-    *,
-    data: str,
-    ask_for: AskFor | None = None,
-) -> dict[str, Any]:
-    """results.json before anything was asked.
-
-    Args:
-        data: its name.
-        ask_for: how facts are answered, if they are facts.
-    """
-    objectives = [task.objective for task in tasks.values()]
-    vocabulary = ask_for and ask_for.vocabulary
-    return {
-        "schema": SCHEMA,
-        "complete": False,
-        "megaprompt": __version__,
-        "backbone": {
-            "name": backbone.name,
-            "fingerprint": backbone.fingerprint,
-            "dtype": _name(backbone),
-            "causal": backbone.causal,
-            "hidden_size": backbone.hidden_size,
-            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters()),
-            **({} if backbone.random_weights is None else {"control": "random-weights"}),
-        },
-        "metrics": {name: heading for objective in objectives for name, heading in objective.metrics.items()},
-        "items": objectives[0].items,
-        "selects": list(objectives[0].selects),
-        "few": objectives[0].few,
-        "data": {
-            "name": data,
-            "answers": ask_for and ask_for.answers,
-            "vocabulary": vocabulary and {"name": vocabulary.name, "tokens": int(vocabulary.allowed.sum())},
-            "relations": {name: _describe(task) for name, task in tasks.items()},
-        },
-        "methods": {},
-        "environment": environment(world),
-        "timing": {},
-    }
-
-
-def _describe(task: Task) -> dict[str, Any]:
-    return {
-        "label": task.label,
-        "type": task.type,
-        "template": task.manual,
-        "facts": {split: len(task.examples[split]) for split in SPLITS},
-        "left_out": dict(task.left_out),
-        "usable": dict(task.usable),
-        "sha256": digest_of_examples(task),
-        "balanced": len(set(Counter(example.answer for example in task.examples["test"]).values())) == 1,
-    }

@@ -59,8 +59,10 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
             )
     order = sorted(counts, key=lambda name: (len(name), name))
     merged = {**_together([run.results for run in complete], order), "complete": len(complete) == len(found)}
-    log = sorted((line for run in complete for line in run.log), key=lambda line: line["time"])
+    log = sorted((line for run in complete for line in run.log), key=lambda line: line.get("time", 0.0))
     write_file(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+    if templates := [text for run in complete for text in _templates_of(run)]:
+        write_file(out / "autoprompt.jsonl", "".join(templates).encode())
     for run in complete:
         for files in ("prompts/**/*.safetensors", "predictions/*.jsonl", "submission/*/*.jsonl"):
             for path in run.path.glob(files):
@@ -71,6 +73,11 @@ def merge_runs(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         RunDirectory(out).write_config(dataclasses.replace(config, out=out, **parts))
     RunDirectory(out).write_results(merged)
     return merged
+
+
+def _templates_of(run: Run) -> list[str]:
+    path = run.path / "autoprompt.jsonl"
+    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
 
 
 def _check_alike(runs: Sequence[Run]) -> None:

@@ -43,6 +43,24 @@ def digest_of_examples(task: Task) -> str:
     return hashlib.sha256(json.dumps(asked, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
+def check_same_examples(before: Mapping[str, Any], tasks: Mapping[str, Task], run: Path) -> None:
+    """See that a run that goes on asks what it asked before: averages would be over other facts.
+
+    Args:
+        before: `relations` of `data` in results.json.
+
+    Raises:
+        MegapromptError: names a relation or task that is new, gone, or has changed.
+    """
+    known = {name: about["sha256"] for name, about in before.items() if "sha256" in about}
+    now = {name: digest_of_examples(task) for name, task in tasks.items()} if known else {}
+    if changed := [name for name in known | now if known.get(name) != now.get(name)]:
+        raise MegapromptError(
+            f"--resume: {', '.join(changed)}: not what was asked when {run} was started; restore the data, or start a "
+            "new run"
+        )
+
+
 def check_same_files(before: Mapping[str, Any], files: Mapping[str, str], run: Path) -> None:
     """See that a run that goes on reads what it was started with.
 

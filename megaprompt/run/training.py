@@ -51,7 +51,7 @@ def train_resumably(
     if world.is_main:
         status.epochs(run.read_log())
     status.phase(method)
-    log = _Log(run, world, trainer, status)
+    log = _Log(run, world, trainer, status, wave)
     start = time.monotonic()
 
     def more() -> dict[str, Any]:
@@ -133,8 +133,9 @@ class _Checkpoints:
 
     def _is_too_late(self, states: Mapping[str, Any]) -> bool:
         """Whether the job would end before all of a checkpoint is written; the one before has its name already."""
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
-        left = int(end) - time.time() - _ENDING_SECONDS if end.isdecimal() else float("inf")
+        end, now = os.environ.get("SLURM_JOB_END_TIME", ""), time.time()
+        known = end.isdecimal() and int(end) > now  # a job that still runs has not ended
+        left = int(end) - now - _ENDING_SECONDS if known else float("inf")
         seconds, left = self.writer.seconds_for(states), min(self._world.gather(left))
         if late := seconds > left:
             logger.warning(
@@ -219,10 +220,11 @@ def one_after_the_other(
 class _Log:
     """Lines of log.jsonl, and the same for TensorBoard; only the main rank writes."""
 
-    def __init__(self, run: RunDirectory, world: World, trainer: Trainer, status: ProgressFile) -> None:
+    def __init__(self, run: RunDirectory, world: World, trainer: Trainer, status: ProgressFile, wave: int) -> None:
         self.run, self.world, self.trainer, self.status = run, world, trainer, status
         self._first_step = trainer.step
-        self._board = _tensorboard(run.path / "tensorboard", trainer.step) if world.is_main else None
+        path = run.path / "tensorboard" / (f"wave-{wave}" if wave > 1 else "")
+        self._board = _tensorboard(path, trainer.step) if world.is_main else None
         world.sent.clear()
 
     @property

@@ -14,8 +14,8 @@ from megaprompt.methods.untrained import Wording, choose, drawn, readable
 from megaprompt.prompting.packing import PassSize
 from megaprompt.run.context import RunContext
 from megaprompt.run.directory import RunDirectory
-from megaprompt.run.job import new_results
 from megaprompt.run.progress import ProgressFile
+from megaprompt.run.results_file import ResultsFile, new_results
 from megaprompt.run.saved_prompts import load_prompts
 from megaprompt.tasks.task import Example, Task
 from tests.conftest import PAIRS, TEMPLATES, objective_of, plain_logits, write_facts
@@ -32,8 +32,9 @@ def task_of(backbone, train=6, repeat=1) -> Task:
 def context_of(backbone, task, out) -> RunContext:
     tasks = {task.name: task}
     return RunContext(
-        RunDirectory(out), new_results(backbone, tasks, World(), data="made up"), ProgressFile(out), False, "made up",
-        tasks, backbone, PassSize(64, 256), World(), 0, NO_SCALING, load=None, release=None,
+        ResultsFile(RunDirectory(out), new_results(backbone, tasks, World(), data="made up"), World()),
+        ProgressFile(out), False, "made up", tasks, backbone, PassSize(64, 256), World(), 0, NO_SCALING,
+        load=None, release=None,
     )  # fmt: skip
 
 

@@ -19,8 +19,9 @@ from megaprompt.methods.discrete import DiscretePrompt
 from megaprompt.prompting.packing import PassSize
 from megaprompt.run.context import RunContext
 from megaprompt.run.directory import RunDirectory
-from megaprompt.run.job import new_results, run_methods
+from megaprompt.run.job import run_methods
 from megaprompt.run.progress import ProgressFile
+from megaprompt.run.results_file import ResultsFile, new_results
 from megaprompt.tasks.objective import Objective
 from megaprompt.tasks.task import Example, Instance, Task
 from tests.conftest import PAIRS
@@ -140,7 +141,8 @@ def run(make_backbone, make_task, methods, out) -> tuple[dict, RunContext]:
     config = ProbeConfig(methods=methods, max_epochs=8, learning_rate=0.01, fine_tuning_rate=0.003, autoprompt_steps=4)
     results = new_results(backbone, tasks, World(), data="made up")
     context = RunContext(
-        RunDirectory(out), results, ProgressFile(out), False, "made up", tasks, backbone, PassSize(32, 128), World(), 0,
+        ResultsFile(RunDirectory(out), results, World()), ProgressFile(out), False, "made up", tasks, backbone,
+        PassSize(32, 128), World(), 0,
         NO_SCALING, load=lambda trainable: (make_backbone("llama").requires_grad_(trainable), None),
         release=lambda backbone: None,
     )  # fmt: skip

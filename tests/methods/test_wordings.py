@@ -84,7 +84,7 @@ def test_the_manual_wording_is_kept(run):
 def test_more_wordings_are_tried_beside_those_of_the_data(run, tmp_path):
     more = tmp_path / "more.jsonl"
     more.write_text('{"relation": "P30", "template": "[X] belongs to [Y]."}\n')
-    results, _ = run(wordings=more, relations=("P30",))
+    results, _ = run(wordings=more, relations=("P30",), methods=("best-manual",))
     tried = results["methods"]["best-manual"]["relations"]["P30"]["tried"]
     assert {each["template"] for each in tried} == {*WORDINGS["P30"], "[X] belongs to [Y]."}
 

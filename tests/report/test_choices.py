@@ -90,7 +90,8 @@ def test_few_facts_are_marked_and_said(tmp_path, chosen, make_run):
     )
     assert said in page.prose()
     assert said in " ".join(printed(chosen, width=200).split())
-    assert said in joined(tmp_path).notes
+    few = "tiny: 1 of 2 relations with fewer than 64 facts in train or dev, little to choose with."
+    assert few in joined(tmp_path).notes
     facts["P36"]["facts"] = {"train": 31, "dev": 64, "test": 40}
     (choice,) = choices_of(chosen)
     assert (choice.few, choice.by) == (True, "P@1")

@@ -2,18 +2,19 @@
 
 import csv
 
-from megaprompt.report.cited import CITED, cited_scores, paper_vocabulary
+from megaprompt.report.cited import CITED, RELATIONS, cited_scores, paper_vocabulary
 from megaprompt.report.html import write_joint_report
 from megaprompt.report.table2_formats import as_csv, legend, lines_of
 from tests.report.made_up import (
     Page,
+    change,
     joined,
 )
 
 
 def test_the_paper_is_cited_where_model_and_vocabulary_match():
-    def scores(name: str, hidden_size: int, vocabulary: str) -> dict:
-        return cited_scores({"name": name, "hidden_size": hidden_size}, vocabulary)
+    def scores(name: str, hidden_size: int, vocabulary: str, relations=("P36", "P1412")) -> dict:
+        return cited_scores({"name": name, "hidden_size": hidden_size}, vocabulary, relations)
 
     assert scores("bert-base-cased", 768, "29k-vocab.json")["p-tuning"] == 52.3
     assert scores("google-bert/bert-base-cased", 768, "lama-34k.txt")["autoprompt"] == 43.3
@@ -23,6 +24,8 @@ def test_the_paper_is_cited_where_model_and_vocabulary_match():
     assert scores("checkpoints/megatron_11b", 3072, "LAMA-29K.txt")["fine-tuning"] == "OOM"
     assert not scores("bert-base-cased", 768, "common_vocab_cased.txt")
     assert not scores("bert-base-cased", 768, "all tokens")
+    assert not scores("bert-base-cased", 768, "29k-vocab.json", ("P36", "P297"))  # other data
+    assert len(RELATIONS) == 41
     assert not scores("bert-base-uncased", 768, "29k-vocab.json")
     assert not scores("gpt2-xl", 768, "29k-vocab.json")  # a directory that is only called so
     assert not scores("gpt2-xl", 1600, "34k-vocab.json")
@@ -32,6 +35,13 @@ def test_the_paper_is_cited_where_model_and_vocabulary_match():
 def test_the_gains_that_the_paper_prints_follow_from_its_scores():
     gains = {c.model: round(float(c.scores["p-tuning"]) - float(c.scores["manual"]), 1) for c in CITED["LAMA-29k"]}
     assert list(gains.values()) == [20.6, 21.1, 30.9, 31.4, 26.2, 31.6, 41.1]
+
+
+def test_nothing_is_cited_beside_random_weights(make_run):
+    run = make_run("a", {"manual": {"P36": 0.1}}, "gpt2-xl", "29k.txt", hidden_size=1600)
+    assert joined(run).rows[0].cited
+    change(run, lambda results: results["backbone"].update(control="random-weights"))
+    assert not joined(run).rows[0].cited
 
 
 def test_cited_figures_stand_beside_ours_and_are_marked(make_run, tmp_path):
@@ -59,7 +69,7 @@ def test_cited_figures_stand_beside_ours_and_are_marked(make_run, tmp_path):
     assert "Cited, not measured here" in sentence
     assert "2103.10385" in sentence
     assert "41 relations" in sentence
-    assert "Here: 1 relation, 40 test facts." in sentence
+    assert "Here: facts, 1 relation, 40 test facts." in sentence
     sources = {
         (r["backbone"], r["method"], r["source"].split(":")[0]) for r in csv.DictReader(as_csv(table).splitlines())
     }

@@ -46,7 +46,8 @@ def test_what_is_chosen_on_dev_stands_in_the_table(make_run):
 )
 def test_another_choice_is_no_other_seed(make_run, option, values, rows):
     runs = [
-        make_run(f"s{seed}", {"best": {"P36": 0.5}}, seed=seed, **{option: value}) for seed, value in enumerate(values)
+        make_run(f"s{seed}", {"best": {"P36": 0.5}}, seed=seed, methods=("best",), **{option: value})
+        for seed, value in enumerate(values)
     ]
     assert {row.name: list(row.cells) for row in joined(*runs).rows} == rows
 
@@ -91,6 +92,33 @@ def test_seeds_are_averaged(make_run):
     again = joined(*runs, runs[0])  # the same seed once more is no further evidence
     assert len(again.rows[0].cells["p-tuning"].runs) == 3
     assert shown(joined(runs[0])) == {"tiny": {"MP": "25.0", "P-tuning": "50.0 (+25.0)"}}
+
+
+def test_another_run_with_the_same_seed_is_left_out_and_that_is_said(make_run):
+    a = make_run("a", {"manual": {"P36": 0.25}, "p-tuning": {"P36": 0.5}}, seed=3)
+    b = make_run("b", {"manual": {"P36": 0.25}, "p-tuning": {"P36": 0.9}}, seed=3)
+    table = joined(a, b)
+    assert shown(table) == {"tiny": {"MP": "25.0", "P-tuning": "50.0 (+25.0)"}}
+    [note] = [note for note in table.notes if "seed" in note]
+    assert note == f"tiny, p-tuning: left out of {b}, which has the seed of {a}."
+
+
+def test_wordings_are_averaged_over_the_relations_of_the_table(make_run):
+    columns = ("manual", "wording 2", "wording 3")
+    a = make_run("a", {name: {"P36": p, "P30": 0.0} for name, p in zip(columns, (0.1, 0.2, 0.3), strict=True)})
+    b = make_run("b", {"manual": {"P36": 0.5}}, limit_facts=10)
+    [sentence] = [text for text in legend(joined(a, b)) if "standard error" in text]
+    assert "20.0 ± 5.8" in sentence  # of P36 alone
+
+
+def test_few_facts_are_told_of_each_row(make_run):
+    runs = [make_run(name, {"p-tuning": {"P36": 0.5, "P30": 0.5}}, limit_facts=n) for name, n in (("a", 9), ("b", 8))]
+    for run in runs:
+        change(run, lambda results: results.update(few=64, selects=["p_at_1", "mrr"]))
+        change(run, lambda results: results["data"]["relations"]["P36"]["facts"].update(dev=10))
+    notes = [note for note in joined(*runs).notes if "little to choose" in note]
+    assert [note.split(":")[0] for note in notes] == ["tiny (limit-facts 9)", "tiny (limit-facts 8)"]
+    assert not any("§" in note for note in joined(*runs).notes)
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(make_run):
