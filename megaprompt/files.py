@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(scratch, path)
         sync_directory(path.parent)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # as below a file
+            scratch.unlink(missing_ok=True)
         raise MegapromptError(f"cannot write {path} ({error.strerror or error}); free space or change --out") from error
 
 
@@ -46,7 +48,7 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> Iterator[tuple[int, 
         MegapromptError: the file cannot be read, or a line is no JSON object with text under the required keys.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -54,6 +56,8 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> Iterator[tuple[int, 
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise MegapromptError(f"{path}:{number}: not valid JSON ({error.msg}); mend the line") from error
+                if "\\ud" in line.lower() and not _is_text(row):
+                    raise MegapromptError(f"{path}:{number}: has half of a character (a lone surrogate); mend the line")
                 if not isinstance(row, dict):
                     raise MegapromptError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
                 for key in required:
@@ -62,3 +66,11 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> Iterator[tuple[int, 
                 yield number, row
     except (OSError, UnicodeDecodeError) as error:
         raise MegapromptError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _is_text(row: object) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -23,7 +23,8 @@ def evaluate(config: EvaluateConfig) -> None:
     scores = evaluate_all(config) if config.report else evaluate(config)
     if config.out is not None:
         write_file(config.out, json.dumps(scores, indent=1, ensure_ascii=False).encode() + b"\n")
-    table = Table(title=Text(f"{scores['data']}, {scores['split']}, among {scores['vocabulary']}"))
+    among = f", among {scores['vocabulary']}" if scores["vocabulary"] else ""
+    table = Table(title=Text(f"{scores['data']}, {scores['split']}{among}"))
     labels = any(beside(name, row["label"]) for name, row in scores.get("relations", {}).items())
     names = ("method", "relations") if config.report else ("relation", *["label"] * labels, "facts")
     for column in (*names, "P@1", "P@10", "MRR"):

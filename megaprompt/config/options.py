@@ -28,7 +28,7 @@ def _split_names(_: type, tokens: Sequence[Token]) -> tuple[str, ...]:
         tokens[0].source == "cli"
     ):  # of an option that is given again, the last one counts; YAML has a token for each name
         tokens = tokens[-1:]
-    return tuple(name for token in tokens for name in token.value.split(",") if name)
+    return tuple(name.strip() for token in tokens for name in token.value.split(",") if name.strip())
 
 
 def _whole_number(_: type, tokens: Sequence[Token]) -> int:

@@ -16,7 +16,10 @@ from megaprompt.tasks.task import Example, Task
 PAPER = "paper"
 """The candidate that is P-tuning as the paper has it."""
 _SLOWER = 0.3
-_FOLDS = 3  # of train, each held out once
+FOLDS = 3
+"""Of train, each held out once."""
+MOST = 4
+"""How many candidates are learned, if they fit."""
 
 
 def without(task: Task, shown: Collection[int]) -> list[Example]:
@@ -27,7 +30,7 @@ def without(task: Task, shown: Collection[int]) -> list[Example]:
 def has_folds(task: Task) -> bool:
     """Whether candidates are compared on folds of train as well: dev has too few examples to choose with, and train
     enough to be divided."""
-    return len(task.examples["dev"]) < task.objective.few and len(task.examples["train"]) >= 4 * _FOLDS
+    return len(task.examples["dev"]) < task.objective.few and len(task.examples["train"]) >= 4 * FOLDS
 
 
 def folds_of(task: Task, shown: Collection[int]) -> list[Task]:
@@ -38,9 +41,9 @@ def folds_of(task: Task, shown: Collection[int]) -> list[Task]:
     train, dev = without(task, shown), task.examples["dev"]
     if not has_folds(task):
         return []
-    parts = [[*(e for i, e in enumerate(train) if i % _FOLDS != k), *dev] for k in range(_FOLDS)]
+    parts = [[*(e for i, e in enumerate(train) if i % FOLDS != k), *dev] for k in range(FOLDS)]
     return [
-        dataclasses.replace(task, examples={**task.examples, "train": part, "dev": train[k::_FOLDS]})
+        dataclasses.replace(task, examples={**task.examples, "train": part, "dev": train[k::FOLDS]})
         for k, part in enumerate(parts)
     ]
 

@@ -8,6 +8,7 @@ log-probabilities (equal weights if none are given).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from megaprompt.files import read_jsonl
 from megaprompt.methods.method import Context, Scored, ShouldStop
 from megaprompt.prompting.template import FACT, Template
 from megaprompt.tasks.task import Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ class Discrete:
             task.must_be_answerable(self.name)
             if not self._usable(task):
                 _ = task.manual_template
+                if self.prompts.get(task.name):
+                    model = context.backbone.name
+                    logger.warning(
+                        "%s: %s can read none of %s; its manual prompt stands in", self.name, model, task.name
+                    )
 
     def _usable(self, task: Task) -> list[DiscretePrompt]:
         def fits(text: str) -> bool:

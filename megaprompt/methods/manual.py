@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megaprompt.errors import UsageError
 from megaprompt.methods.method import Context, Scored, ShouldStop
 from megaprompt.tasks.task import Task
 
@@ -15,7 +16,12 @@ class Manual:
         for task in context.tasks.values():
             task.must_be_answerable("manual")
             for example in task.examples["test"][:1]:  # finds a template that does not suit the backbone
-                task.instance(example, task.manual_template)
+                try:
+                    task.instance(example, task.manual_template)
+                except UsageError as error:
+                    raise UsageError(
+                        f"manual prompt of {task.name}: {error}; mend it, or leave {task.name} out"
+                    ) from error
 
     def run(self, context: Context) -> None:
         def score(task: Task, _: ShouldStop) -> dict[str, Scored]:

@@ -18,6 +18,7 @@ from megaprompt.engine.schedule import assign, groups_for, waves_for
 from megaprompt.engine.trainer import Trainer
 from megaprompt.errors import MegapromptError
 from megaprompt.methods.candidates import (
+    MOST,
     PAPER,
     Candidate,
     candidates,
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 UNTRAINED = ("manual", "best-manual", "in-context")
 """The methods that `best` also chooses from."""
-_MOST = 4  # candidates that are learned
 _MOST_SHOWN = 8  # demonstrations before a learned prompt; they are computed in every step
 
 
@@ -93,7 +93,7 @@ class PTuning:
 
         def fitting() -> int:
             sets = max(1 + len(folds_of(task, ())) for task in _as_learned(context).values())
-            return max(1, min(_MOST, self._at_once(context, paper.values()) // sets))
+            return max(1, min(MOST, self._at_once(context, paper.values()) // sets))
 
         most = context.once("candidates", lambda: self.most or fitting())
         tried = context.rows("in-context")

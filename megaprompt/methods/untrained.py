@@ -15,7 +15,7 @@ from megaprompt.methods.method import Context
 from megaprompt.prompting.template import Template
 from megaprompt.seeds import seed_of
 from megaprompt.tasks.objective import Answers
-from megaprompt.tasks.task import SPLITS, Instance, Task
+from megaprompt.tasks.task import SPLITS, Instance, Split, Task
 
 _FIRST = 32  # dev examples on which all are tried
 
@@ -93,8 +93,11 @@ def choose(context: Context, task: Task, wordings: Sequence[Wording]) -> list[Tr
         until = total if keep == 1 else min(total, 2 * done)
 
 
-def check_lengths(context: Context) -> None:
+def check_lengths(context: Context, splits: Sequence[Split]) -> None:
     """See that the backbone can read every example, before any time is spent on others.
+
+    Args:
+        splits: that are asked.
 
     Raises:
         MegapromptError: names the first that is too long.
@@ -105,7 +108,7 @@ def check_lengths(context: Context) -> None:
     for task in context.tasks.values():
         template = task.default_template(context.backbone.causal) if task.manual is None else task.manual_template
         others = len(template.text.encode()) + 32
-        for split in SPLITS:
+        for split in splits:
             for example in task.examples[split]:
                 # Every token is a byte at least, so that most examples need no closer look.
                 if others + sum(len(text.encode()) for text in (*example.fields.values(), example.answer)) <= most:

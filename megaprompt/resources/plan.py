@@ -88,28 +88,33 @@ def profile_of(backbone: str, dtype: torch.dtype, work: Workload) -> Profile:
     return profile(shape_of(backbone), dtype, work)
 
 
-def bytes_of_pass(backbone: str, dtype: torch.dtype, size: PassSize) -> int:
+def bytes_of_pass(backbone: str, dtype: torch.dtype, size: PassSize, whole_answers: bool) -> int:
     """What a full training pass takes beside parameters: what is kept for the backward pass, and what is temporary.
 
     Raises:
         UsageError: there is no such backbone.
     """
     shape = shape_of(backbone)
-    return profile_of(backbone, dtype, Workload.of(shape, "p-tuning", 1, size)).activations
+    return profile_of(backbone, dtype, Workload.of(shape, "p-tuning", 1, size, whole_answers)).activations
 
 
-def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
+def plan(config: PlanConfig, deepspeed: Path | None, together: int = 1, whole_answers: bool = False) -> Plan:
     """The plan of one configuration; None is PyTorch alone, with a whole copy of the backbone on every rank.
+
+    Args:
+        together: how many prompts of each relation are learned, which are in the same wave.
+        whole_answers: see `Workload`.
 
     Raises:
         UsageError: there is no such backbone or configuration, or the groups do not divide the ranks.
     """
+    relations, config = config.relations, dataclasses.replace(config, relations=config.relations * together)
     settings = read_deepspeed_config(deepspeed) if deepspeed is not None else DeepSpeedSettings()
     dtype = settings.dtype or _default(config)
     if settings.sharding is None and config.method == "fine-tuning":
         dtype = torch.float32  # in half precision only ZeRO keeps float32 copies
     tokens = PassSize(config.row_tokens, config.pass_tokens)
-    work = Workload.of(shape_of(config.backbone), config.method, config.relations, tokens)
+    work = Workload.of(shape_of(config.backbone), config.method, config.relations, tokens, whole_answers)
     run = profile_of(config.backbone, dtype, work)
     per_node = max(1, config.gpus)
     ranks = config.nodes * per_node
@@ -133,8 +138,8 @@ def plan(config: PlanConfig, deepspeed: Path | None) -> Plan:
         "host": config.host_memory * 1e9 / per_node,
         "nvme": float("inf"),
     }
-    waves = _waves(config, groups, _needed(config, predict(run, job)), available)
-    of_wave = -(-config.relations // waves)
+    waves = min(relations, _waves(config, groups, _needed(config, predict(run, job)), available))
+    of_wave = -(-relations // waves) * together
     job = dataclasses.replace(job, relations=-(-of_wave // groups))
     need = predict(run, job)
     needed = _needed(config, need)

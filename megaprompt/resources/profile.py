@@ -24,9 +24,10 @@ from megaprompt.backbone import read_config
 from megaprompt.backbone.megatron import FairseqMegatronConfig
 from megaprompt.backbone.packed import PackedModel, language_model
 from megaprompt.errors import UsageError, first_line
-from megaprompt.prompting.packing import PassSize, pack, split_into_passes
+from megaprompt.prompting.packing import PackedBatch, PassSize, pack, split_into_passes
 from megaprompt.prompting.query import Query
 from megaprompt.resources.layers import layers_of
+from megaprompt.tasks.objective import Outputs
 
 Method = Literal["p-tuning", "fine-tuning"]
 
@@ -105,17 +106,25 @@ class _Allocations(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Workload:
-    """Facts that fill one pass: subjects of three tokens, in `<3>[X]<3>[Y]`, or between words for fine-tuning."""
+    """Facts that fill one pass: subjects of three tokens, in `<3>[X]<3>[Y]`, or between words for fine-tuning.
+
+    With `whole_answers`, each has 16 candidates of two tokens: most tokens are read. (A bidirectional model reads one
+    token of a query, as otherwise.)
+    """
 
     method: Method
     relations: int
     size: PassSize
     causal: bool = True
+    whole_answers: bool = False
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, method: Method, relations: int, size: PassSize) -> Workload:
+    def of(
+        cls, config: PreTrainedConfig, method: Method, relations: int, size: PassSize, whole_answers: bool = False
+    ) -> Workload:
         """The workload of a backbone: bidirectional ones cannot share the beginnings of queries."""
-        return cls(method, relations, size, language_model(config) is AutoModelForCausalLM)
+        causal = language_model(config) is AutoModelForCausalLM
+        return cls(method, relations, size, causal, whole_answers and causal)
 
     def queries(self, count: int) -> list[Query]:
         """So many facts of one relation, its pseudo tokens numbered from 0."""
@@ -125,6 +134,12 @@ class Workload:
         def subject(i: int) -> tuple[int, int, int]:
             return 9 + i % 251, 9 + i // 251, 9 + i % 7
 
+        if self.whole_answers:
+            return [
+                Query((*before, *subject(i), *after, 300 + j), (8, 9), (300 + j, 9))
+                for i in range(count)
+                for j in range(_CANDIDATES)
+            ]
         return [
             Query((*before, *subject(i), *after, *mask), (8 + len(mask),), bidirectional=not self.causal)
             for i in range(count)
@@ -133,13 +148,26 @@ class Workload:
     def full_pass(self) -> list[Query]:
         """What a rank computes at once, of all relations."""
         relations = self.relations if self.method == "p-tuning" else 1  # which is fine-tuned alone
-        each = -(-self.size.pass_tokens // relations // 6) + 1
+        each = -(-self.size.pass_tokens // relations // (6 + _CANDIDATES * self.whole_answers)) + 1
         many = [
             query._replace(tokens=tuple(t if t >= 0 else t - 6 * relation for t in query.tokens))
             for relation in range(relations)
             for query in self.queries(each)
         ]
         return [many[i] for i in split_into_passes([(query,) for query in many], self.size)[0]]
+
+
+_CANDIDATES = 16
+
+
+def _loss(work: Workload, values: Tensor, batch: PackedBatch, gold: Tensor) -> Tensor:
+    """As the objectives of these answers have it."""
+    if not work.whole_answers:
+        return cross_entropy(values.index_select(0, batch.target_of_query).float(), gold)
+    labels = torch.zeros_like(batch.target_of_query)
+    query = torch.arange(len(gold))
+    outputs = Outputs(values, batch.target_of_query, query.repeat_interleave(2), labels, query, query)
+    return outputs.log_probabilities().sum()
 
 
 def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Profile:
@@ -178,8 +206,7 @@ def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Pro
         gold = torch.zeros(len(queries), dtype=torch.int64)
         known = [*parameters, *model.buffers(), *filter(torch.is_tensor, vars(inputs).values())]
         with FlopCounterMode(display=False) as flops, _Allocations(known) as allocations:
-            rows = model(inputs, prompts).index_select(0, inputs.target_of_query)
-            cross_entropy(rows.float(), gold).backward()
+            _loss(work, model(inputs, prompts), inputs, gold).backward()
     return Profile(
         numels=tuple(parameter.numel() for parameter in parameters),
         trace=tuple(tuple(parameters[p] for p in module.parameters(recurse=False)) for module in trace),

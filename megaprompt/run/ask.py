@@ -101,7 +101,7 @@ def answers_of(directory: Path, prompt: SavedPrompt) -> str:
     if run is not None and run.answers is not None:
         return run.answers
     try:
-        return "candidates" if load_data(prompt.data).has_answer_spaces else "token"
+        return "candidates" if load_data(prompt.data).whole_answers else "token"
     except UsageError:  # the data is there no more
         return "token"
 

@@ -59,7 +59,8 @@ class RunDirectory:
             if run.path.exists() and (
                 not run.path.is_dir() or any(not path.name.startswith(".") for path in run.path.iterdir())
             ):
-                what = "holds another run" if saved.exists() else "is not empty"
+                what = "is not empty" if run.path.is_dir() else "is a file"
+                what = "holds another run" if saved.exists() else what
                 raise UsageError(f"--out {run.path} {what}; choose another directory, or continue it with --resume")
             return run
         if not saved.exists():

@@ -115,7 +115,7 @@ def _ask_for(config: EvaluateConfig, prompt: SavedPrompt, data: Data, backbone: 
     """How facts are answered: as in the run of the prompts, with its vocabulary if none is given and the facts are its
     own, or for its report; else as the data ask."""
     run = run_of(config.prompts)
-    kind = "candidates" if data.has_answer_spaces else "token"
+    kind = "candidates" if data.whole_answers else "token"
     if run is not None:
         kind = answers_of(config.prompts, prompt)
     if kind == "candidates":

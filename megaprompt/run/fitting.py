@@ -18,6 +18,7 @@ from megaprompt.config.options import Dtype
 from megaprompt.distributed.deepspeed_config import read_deepspeed_config, whole_on_each_node
 from megaprompt.distributed.world import World, ranks_on_this_machine
 from megaprompt.errors import MegapromptError
+from megaprompt.methods.candidates import FOLDS, MOST
 from megaprompt.prompting.template import Template
 from megaprompt.resources.plan import Plan, arrangement, gigabytes, plan
 from megaprompt.resources.predict import Place
@@ -90,6 +91,7 @@ class Fitted:
 
     deepspeed: Path | None  # None for whole copies of the backbone
     plans: dict[str, Plan]  # by what is trained; "answers" if nothing is
+    together: int = 1  # prompts that are learned of each task
 
     @property
     def fits(self) -> bool:
@@ -112,11 +114,18 @@ class Fitted:
             yield f"{name}: a rank of {found.ranks} needs {' and '.join(needs)} memory{arrangement(found)}"
 
 
-def fitted(config: RunConfig, templates: Sequence[Template], machines: Machines, deepspeed: Path | None) -> Fitted:
+def fitted(
+    config: RunConfig,
+    templates: Sequence[Template],
+    machines: Machines,
+    deepspeed: Path | None,
+    whole_answers: bool = False,
+) -> Fitted:
     """The plans of a run with one configuration.
 
     Args:
         templates: of the learned prompts, one for each task; the plan is made for the most pseudo tokens.
+        whole_answers: whether answers of any length are ranked.
 
     Raises:
         UsageError: an option cannot work.
@@ -132,30 +141,42 @@ def fitted(config: RunConfig, templates: Sequence[Template], machines: Machines,
         **machines._asdict(),
     }
     options["gpu_memory"] = machines.gpu_memory or 1.0  # which no plan without GPUs looks at
-    relations = max(1, len(templates)) * candidates(config)
-    plans: dict[str, Plan] = {
-        method: plan(
-            PlanConfig(config.backbone, method=method, relations=relations, encoder=config.encoder, **options),
-            deepspeed,
-        )
-        for method in trained
-    }
-    if not plans:  # only answers, which need less than learning a few vectors
-        plans["answers"] = plan(PlanConfig(config.backbone, encoder="none", **options), deepspeed)
-    return Fitted(deepspeed, plans)
+    if not trained:  # only answers, which need less than learning a few vectors
+        asked = PlanConfig(config.backbone, encoder="none", **options)
+        return Fitted(deepspeed, {"answers": plan(asked, deepspeed, 1, whole_answers)})
+    options |= {"relations": max(1, len(templates)), "encoder": config.encoder}
+    for together in _together(config):
+        plans: dict[str, Plan] = {
+            method: plan(PlanConfig(config.backbone, method=method, **options), deepspeed, together, whole_answers)
+            for method in trained
+        }
+        found = Fitted(deepspeed, plans, together)
+        if found.fits:
+            break
+    return found
 
 
 def _dtype_here() -> Dtype:
     return cast(Dtype, str(dtype_of(None, torch.device("cuda"))).removeprefix("torch."))
 
 
-def candidates(config: RunConfig) -> int:
-    """How many prompts of each task must be learned at once. (`best` takes more where they fit.)"""
-    return (getattr(config, "candidates", None) or 1) if "best" in config.methods else 1
+def _together(config: RunConfig) -> list[int]:
+    """How many prompts of each task are learned, most first: as `best` does, fewer where they do not fit.
+
+    Each candidate may have folds, which only the data tells.
+    """
+    if "best" not in config.methods:
+        return [1]
+    given = getattr(config, "candidates", None)
+    return [most * (1 + FOLDS) for most in ([given] if given else [MOST, 1])]
 
 
 def choose(
-    config: RunConfig, templates: Sequence[Template], machines: Machines, before: str | None = None
+    config: RunConfig,
+    templates: Sequence[Template],
+    machines: Machines,
+    before: str | None = None,
+    whole_answers: bool = False,
 ) -> tuple[Fitted, str]:
     """What `--deepspeed auto` takes, and a line that says so.
 
@@ -170,7 +191,7 @@ def choose(
     others = [] if config.control is not None else [path for path in _SHARDED if _has_its_disk(path)]
     too_large: list[str] = []
     for deepspeed in dict.fromkeys([*first, None, *others]):
-        found = fitted(config, templates, machines, deepspeed)
+        found = fitted(config, templates, machines, deepspeed, whole_answers)
         what = "whole copies" if deepspeed is None else deepspeed.stem
         if found.fits:
             why = f", since {' and '.join(too_large)} would be too large" if too_large else ""
@@ -191,7 +212,7 @@ def _has_its_disk(path: Path) -> bool:
 
 
 def settled(
-    config: RunConfig, templates: Sequence[Template], world: World, before: str | None
+    config: RunConfig, templates: Sequence[Template], world: World, before: str | None, whole_answers: bool
 ) -> tuple[Path | None, str]:
     """The configuration that a run with `--deepspeed auto` takes, the same on all ranks, and a line that says so.
 
@@ -203,7 +224,7 @@ def settled(
     found: tuple[Path | None, str] | MegapromptError | None = None
     if world.is_main:
         try:
-            chosen, line = choose(config, templates, machines, before)
+            chosen, line = choose(config, templates, machines, before, whole_answers)
             found = (chosen.deepspeed, line)
         except MegapromptError as error:
             found = error

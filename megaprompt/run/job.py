@@ -42,6 +42,7 @@ from megaprompt.run.origin import (
 )
 from megaprompt.run.progress import ProgressFile, read_progress
 from megaprompt.run.results_file import ResultsFile, go_on_with, new_results
+from megaprompt.tasks.task import SPLITS
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +100,16 @@ def _run_on(
     configuration = config.deepspeed if given is None or config.deepspeed != AUTO else None
     if configuration == AUTO:
         templates = list(material.templates(is_causal(config.backbone)).values())
-        configuration, line = settled(config, templates, world, results.get("deepspeed"))
+        configuration, line = settled(config, templates, world, results.get("deepspeed"), material.whole_answers)
         logger.info(line)
     deepspeed = read_deepspeed_config(configuration) if configuration is not None else DeepSpeedSettings()
     load = _loader(config, deepspeed, world) if given is None else lambda _: (given, None)
     backbone, _ = load(False)
-    pass_tokens = config.pass_tokens or results.get("pass_tokens") or _pass_tokens(config, backbone, world)
+    pass_tokens = (
+        config.pass_tokens
+        or results.get("pass_tokens")
+        or _pass_tokens(config, backbone, world, material.whole_answers)
+    )
     size = backbone.exact_size(PassSize(config.row_tokens, pass_tokens))
     tasks, methods, ask_for = material.asked_of(backbone)
     if results and world.is_main:
@@ -137,7 +142,7 @@ def _run_on(
     del backbone  # the context lets go of it when another one is trained
     for method in methods:
         method.check(context)
-    check_lengths(context)
+    check_lengths(context, ("test",) if set(config.methods) <= {"manual"} else SPLITS)
     if world.is_main and not config.resume:  # everything that can be wrong from the start has been checked
         run.write_config(config)
     return run_methods(context, methods)
@@ -155,7 +160,8 @@ def _completed(results: dict[str, Any], run: RunDirectory, world: World, status:
 def run_methods(context: RunContext, methods: Sequence[Method]) -> dict[str, Any]:
     """Ask in all ways that have no results yet, and write everything down; returns what is in results.json."""
     results = context.results
-    context.status.score(*next(iter(results["metrics"].items())))
+    score, heading = next(iter(results["metrics"].items()))
+    context.status.score(score, heading, results["items"])
     if not context.resume:  # job scripts see by its time whether anything was done since they started
         context.file.save(report=False)
     with stop_signals() as should_stop:
@@ -174,14 +180,15 @@ def run_methods(context: RunContext, methods: Sequence[Method]) -> dict[str, Any
     return results
 
 
-def _pass_tokens(config: RunConfig, backbone: Backbone, world: World) -> int:
+def _pass_tokens(config: RunConfig, backbone: Backbone, world: World, whole_answers: bool) -> int:
     """How many tokens a pass has, if nobody says: large passes are up to three times as fast on a GPU."""
     if world.device.type != "cuda":
         return PASS_TOKENS
     free = world.free_memory()
     needed = 0
     if world.is_main:
-        needed = bytes_of_pass(config.backbone, backbone.model.dtype, PassSize(config.row_tokens, PASS_TOKENS))
+        size = PassSize(config.row_tokens, PASS_TOKENS)
+        needed = bytes_of_pass(config.backbone, backbone.model.dtype, size, whole_answers)
     most = free // 4 // world.gather(needed)[0] * PASS_TOKENS
     return next((tokens for tokens in (16384, 8192, 4096, 2048) if tokens <= most), PASS_TOKENS)
 

@@ -49,6 +49,10 @@ class Material(Protocol):
     def templates(self, causal: bool) -> Mapping[str, Template]:
         """With which prompts are learned, by task."""
 
+    @property
+    def whole_answers(self) -> bool:
+        """Whether answers of any length are ranked."""
+
     def asked_of(self, backbone: Backbone) -> Asked:
         """Make tasks and methods.
 
@@ -100,6 +104,11 @@ class Facts:
     def templates(self, causal: bool) -> dict[str, Template]:
         return dict.fromkeys(self.tasks(), Template.parse(self.config.template or default_template(causal)))
 
+    @property
+    def whole_answers(self) -> bool:
+        asked = self.config.answers
+        return self.data.whole_answers if asked is None else asked == "candidates"
+
     def asked_of(self, backbone: Backbone) -> Asked:
         config = self.config
         ask_for = self._ask_for(backbone.tokenization)
@@ -117,8 +126,7 @@ class Facts:
     def _ask_for(self, tokenization: Tokenization) -> AskFor:
         """Tokens or whole answers: as --answers says, else whole ones where the data has answers to choose from."""
         config = self.config
-        answers = config.answers or ("candidates" if self.data.has_answer_spaces else "token")
-        vocabulary = load_vocabulary(config.vocab, self.data, tokenization) if answers == "token" else None
+        vocabulary = None if self.whole_answers else load_vocabulary(config.vocab, self.data, tokenization)
         among_allowed, begin = RECIPES[config.recipe].among_allowed, config.bos == "always"
         return AskFor(vocabulary, among_allowed, config.learn_by, begin, config.scores)
 
@@ -167,6 +175,10 @@ class SuperGlue:
 
     def templates(self, causal: bool) -> dict[str, Template]:
         return {name: self.patterns[name].learned.template(causal) for name in self.data}
+
+    @property
+    def whole_answers(self) -> bool:
+        return False  # but of COPA and WSC, which have few
 
     def asked_of(self, backbone: Backbone) -> Asked:
         tasks = superglue_tasks(

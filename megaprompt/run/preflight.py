@@ -23,7 +23,7 @@ from megaprompt.prompting.prompt_encoder import number_of_parameters
 from megaprompt.prompting.recipe import RECIPES, chosen
 from megaprompt.prompting.template import Template
 from megaprompt.run.directory import RunDirectory
-from megaprompt.run.fitting import Fitted, Machines, candidates, choose, fitted
+from megaprompt.run.fitting import Fitted, Machines, choose, fitted
 from megaprompt.run.material import Material, ReadMaterial
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,10 @@ class _Checks:
         """Of the learned prompts, one for each task."""
         return [] if self.material is None else list(self.material.templates(self.causal).values())
 
+    @property
+    def whole_answers(self) -> bool:
+        return self.material is not None and self.material.whole_answers
+
     def disk(self) -> str:
         config = self.config
         RunDirectory.open(config)
@@ -119,7 +123,8 @@ class _Checks:
             sizes = sorted((3 * 4 * self._parameters(template) for template in self.templates), reverse=True)
             waves = 1 if self._known is None else self._known.waves
             of_wave = -(-len(sizes) // waves)
-            needed = _COPIES * sum(sizes[:of_wave]) * candidates(config)
+            together = 1 if self._known is None else self._known.together
+            needed = _COPIES * sum(sizes[:of_wave]) * together
         if config.deepspeed == AUTO:
             whole_copies = self._known is not None and self._known.deepspeed is None
         else:
@@ -149,8 +154,8 @@ class _Checks:
         """
         assert self._machines is not None
         if self.config.deepspeed == AUTO:
-            return choose(self.config, self.templates, self._machines)
-        found = fitted(self.config, self.templates, self._machines, self.config.deepspeed)
+            return choose(self.config, self.templates, self._machines, whole_answers=self.whole_answers)
+        found = fitted(self.config, self.templates, self._machines, self.config.deepspeed, self.whole_answers)
         return found, "; ".join(found.needs())
 
     @cached_property
@@ -166,13 +171,11 @@ class _Checks:
         found, about = self._fitted()
         if self.config.deepspeed == AUTO:
             return about
-        if "answers" in found.plans:
-            return "nothing is trained"
         if not found.fits:
             raise MegapromptError(
                 f"{about}; {found.reason}; `megaprompt plan` tells which configuration, nodes and GPUs suffice"
             )
         sharded = self.config.deepspeed is not None and "fine-tuning" not in found.plans
-        if sharded and fitted(self.config, self.templates, self._machines, None).fits:
+        if sharded and fitted(self.config, self.templates, self._machines, None, self.whole_answers).fits:
             about += "; whole copies of the backbone fit as well and are faster: leave --deepspeed out"
         return about

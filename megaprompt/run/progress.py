@@ -3,8 +3,8 @@
 And `progress.json` in the directory of a run, which other programs can read while it goes on:
 
 {"state": "running", "phase": "p-tuning", "step": 120, "facts_done": 960, "facts_total": 4800,
- "score": ["p_at_1", "P@1"], "relations": {"P36": {"epoch": 12, "best_dev_p_at_1": 0.38}}, "seconds": 41.2,
- "eta_seconds": 164.8, "updated": 1790000000.0}
+ "score": ["p_at_1", "P@1"], "items": "facts", "relations": {"P36": {"epoch": 12, "best_dev_p_at_1": 0.38}},
+ "seconds": 41.2, "eta_seconds": 164.8, "updated": 1790000000.0}
 
 `state` is running, interrupted, failed or complete. A run that was killed stays "running", but is not updated any more.
 `seconds` and `eta_seconds` (null while unknown) are about the phase, since this start.
@@ -35,7 +35,8 @@ class ProgressFile:
     def __init__(self, run: Path, enabled: bool = True) -> None:
         self._path = run / "progress.json" if enabled else None
         self._state: dict[str, Any] = {"state": "running", "phase": "loading", "step": 0}
-        self._state |= {"facts_done": 0, "facts_total": None, "score": ["p_at_1", "P@1"], "relations": {}}
+        self._state |= {"facts_done": 0, "facts_total": None, "score": ["p_at_1", "P@1"], "items": "facts"}
+        self._state |= {"relations": {}}
         self._start = time.monotonic()
         self._written: float | None = None  # a run that could not start leaves no file
         self._first: int | None = None
@@ -45,9 +46,9 @@ class ProgressFile:
         self._start, self._first = time.monotonic(), None
         self._write(phase=name)
 
-    def score(self, name: str, heading: str) -> None:
-        """Which metric the lines of the log are about."""
-        self._state["score"] = [name, heading]
+    def score(self, name: str, heading: str, items: str) -> None:
+        """Which metric the lines of the log are about, and what is counted."""
+        self._state |= {"score": [name, heading], "items": items}
 
     def epochs(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Take lines of the log: a relation has finished an epoch."""
@@ -114,7 +115,8 @@ def describe_progress(progress: Mapping[str, Any]) -> str:
     lines = [f"{progress['state']}: {progress['phase']}, step {progress['step']}"]
     if total := progress["facts_total"]:
         done = progress["facts_done"]
-        lines.append(f"{done} of at most {total} facts ({100 * done / total:.0f} %)")
+        items = progress.get("items", "facts")
+        lines.append(f"{done} of at most {total} {items} ({100 * done / total:.0f} %)")
     if progress["state"] == "running":
         left = f", about {seconds['eta_seconds']} left" if progress["eta_seconds"] is not None else ""
         lines.append(f"{seconds['seconds']} in this phase{left}")

@@ -92,8 +92,9 @@ from megaprompt.cli import main
 from megaprompt.run import fitting
 fitted = fitting.fitted
 
-def without_memory(config, templates, machines, deepspeed):
-    return fitted(config, templates, machines if deepspeed else machines._replace(host_memory=0.1), deepspeed)
+def without_memory(config, templates, machines, deepspeed, *more):
+    machines = machines if deepspeed else machines._replace(host_memory=0.1)
+    return fitted(config, templates, machines, deepspeed, *more)
 
 fitting.fitted = without_memory
 sys.exit(main(sys.argv[1:]))

@@ -66,6 +66,12 @@ def test_the_best_on_train_and_all_together(config, many):
     assert {line["method"] for line in lines} == {"manual", "lpaqa best", "lpaqa ensemble"}
 
 
+def test_a_manual_prompt_that_stands_in_is_told(config, tmp_path, caplog):
+    file = write(tmp_path / "one.jsonl", [{"relation": "P36", "template": "[Y] is the capital of [X] ."}])
+    probe(replace(config, discrete=(f"mine={file}",), relations=("P36",)))
+    assert "none of P36; its manual prompt stands in" in caplog.text
+
+
 def test_files_of_one_prompt_per_relation(tmp_path):
     file = write(tmp_path / "autoprompt.jsonl", [{"relation": "P36", "template": "[X]vik capital [Y]."}])
     (prompt,) = read_discrete_prompts(file)["P36"]

@@ -3,18 +3,21 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import GPT2Config
 
 from megaprompt.cli import main
 from megaprompt.config import AUTO, ProbeConfig
 from megaprompt.errors import MegapromptError
+from megaprompt.prompting.packing import PassSize, pack
 from megaprompt.prompting.template import Template
-from megaprompt.resources.plan import USABLE
-from megaprompt.resources.profile import BUILT_IN
+from megaprompt.resources.plan import USABLE, bytes_of_pass
+from megaprompt.resources.profile import BUILT_IN, Workload
 from megaprompt.run.fitting import Machines, choose, fitted
 from megaprompt.run.job import probe
 
@@ -167,3 +170,30 @@ def test_a_plan_ends_with_an_error_where_nothing_fits(backbone_directory, capsys
     assert "megaprompt: does not fit; use more GPUs or nodes (GPU memory" in capsys.readouterr().err
     assert main(["plan", str(backbone_directory), "--gpu-memory", "0.5", "--json"]) == 1
     assert not json.loads(capsys.readouterr().out)["plans"][0]["fits"]
+
+
+def test_best_is_planned_with_its_candidates_and_folds():
+    """As many as are learned at once; fewer only where the run takes fewer, too."""
+
+    def together(machines: Machines, **more) -> int:
+        config = replace(CONFIG, methods=("best",), encoder="lstm", **more)
+        return fitted(config, TEMPLATES * 12, machines, None).together
+
+    assert fitted(CONFIG, TEMPLATES, LARGE, None).together == 1
+    assert together(LARGE) == 16
+    assert together(LARGE, candidates=2) == 8
+    assert together(LARGE._replace(gpu_memory=6.0)) == 4
+
+
+def test_whole_answers_are_planned_with_all_that_is_read():
+    size = PassSize(256, 1024)
+    token, whole = (Workload("p-tuning", 2, size, whole_answers=whole) for whole in (False, True))
+    read = [pack(work.full_pass(), 256) for work in (token, whole)]
+    assert read[1].targets.numel() > 0.7 * read[1].token_ids.numel() > 4 * read[0].targets.numel()
+    found = [bytes_of_pass("wide", torch.float32, size, whole) for whole in (False, True)]
+    assert found[1] > 1.2 * found[0]
+
+
+def test_answers_alone_have_to_fit_as_well():
+    config = replace(CONFIG, methods=("manual",), deepspeed=None)
+    assert not fitted(config, TEMPLATES, LARGE._replace(gpu_memory=0.5), None).fits

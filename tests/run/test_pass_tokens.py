@@ -17,10 +17,10 @@ def test_a_gpu_gets_passes_as_large_as_fit_into_a_quarter(
     backbone_directory, make_backbone, monkeypatch, passes, tokens
 ):
     config, backbone = ProbeConfig(backbone=str(backbone_directory)), make_backbone("llama", torch.float32)
-    free = int(passes * bytes_of_pass(config.backbone, torch.float32, PassSize(256, 1024))) + 1
+    free = int(passes * bytes_of_pass(config.backbone, torch.float32, PassSize(256, 1024), False)) + 1
     monkeypatch.setattr(World, "free_memory", lambda _: free)
-    assert _pass_tokens(config, backbone, World(device=torch.device("cuda"))) == tokens
-    assert _pass_tokens(config, backbone, World()) == 1024
+    assert _pass_tokens(config, backbone, World(device=torch.device("cuda")), False) == tokens
+    assert _pass_tokens(config, backbone, World(), False) == 1024
 
 
 def test_a_run_that_goes_on_keeps_them(backbone_directory, data_directory, tmp_path):

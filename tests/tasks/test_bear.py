@@ -27,7 +27,8 @@ def change_metadata(path: Path, relation: str, **changes) -> None:
 
 def test_bears_facts_are_test_and_the_rest_is_train_and_dev(bear):
     data = load_data(str(bear))
-    assert (data.name, list(data.relations), data.has_answer_spaces) == ("bear", ["P36", "P30"], True)
+    assert (data.name, list(data.relations), data.whole_answers) == ("bear", ["P36", "P30"], True)
+    assert load_data(str(bear / "BEAR-big")).whole_answers  # which says nowhere what is to choose from
     relation = data.relations["P36"]
     assert [relation.template, *relation.wordings] == WORDINGS["P36"]
     assert relation.answers == tuple(CAPITALS.values())

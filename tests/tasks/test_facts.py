@@ -34,7 +34,36 @@ def test_layouts(tmp_path, file, split):
     assert relation.label == "P36"
 
 
-def test_relations_file_and_vocabulary(data_directory):
+def test_a_mark_at_the_beginning_of_a_file_is_no_text(data_directory):
+    """As Windows puts it there."""
+    for path in (data_directory / "relations.jsonl", data_directory / "trex" / "test" / "P36.jsonl"):
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    (data_directory / "words.txt").write_text("Paris\nRome\n", encoding="utf-8-sig")
+    assert load_data(str(data_directory)).relations["P36"].template == "The capital of [X] is [Y] ."
+    assert read_vocabulary(data_directory / "words.txt") == ["Paris", "Rome"]
+
+
+@pytest.mark.parametrize("key", ["label", "type"])
+def test_labels_and_types_are_texts(data_directory, key):
+    path = data_directory / "relations.jsonl"
+    path.write_text(json.dumps({"relation": "P36", key: None}))
+    relation = load_data(str(data_directory)).relations["P36"]
+    assert (relation.label, relation.type) == ("P36", "")
+    path.write_text(json.dumps({"relation": "P36", key: 5}))
+    with pytest.raises(MegapromptError, match=f'relations.jsonl:1: "{key}" is not a text'):
+        load_data(str(data_directory))
+
+
+def test_half_of_a_character_is_named(data_directory):
+    path = data_directory / "trex" / "test" / "P36.jsonl"
+    path.write_text(
+        '{"sub_label": "\\ud83d\\ude00", "obj_label": "Paris"}\n{"sub_label": "a", "obj_label": "\\ud800"}\n'
+    )
+    with pytest.raises(MegapromptError, match=r"P36.jsonl:2: has half of a character"):
+        load_data(str(data_directory))
+
+
+def test_relations_file_and_vocabulary(data_directory, caplog):
     (data_directory / "vocab").mkdir()
     (data_directory / "vocab" / "common.txt").write_text("Paris\n\nRome\n")
     data = load_data(str(data_directory))
@@ -43,6 +72,7 @@ def test_relations_file_and_vocabulary(data_directory):
     assert read_vocabulary(data.vocabulary) == ["Paris", "Rome"]
     (data_directory / "vocab" / "other.txt").write_text("Oslo\n")
     assert load_data(str(data_directory)).vocabulary is None, "two files: the user has to choose"
+    assert "several vocabularies (common.txt, other.txt)" in caplog.text
 
 
 @pytest.mark.parametrize(

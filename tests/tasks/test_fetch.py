@@ -242,7 +242,7 @@ def test_bear_is_two_directories_of_a_repository(server, tmp_path, capsys):
     out = tmp_path / "bear"
     assert main(["data", "fetch", "bear", "--out", str(out), "--url", server.url("x.tar.gz")]) == 0
     fetched, made = load_data(str(out)), load_data(str(root))
-    assert fetched.has_answer_spaces
+    assert fetched.whole_answers
     assert {name: each.facts for name, each in fetched.relations.items()} == {
         name: each.facts for name, each in made.relations.items()
     }

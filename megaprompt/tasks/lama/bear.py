@@ -63,12 +63,12 @@ def bear(root: Path) -> Data:
         if about.get("answer_space_labels") is not None and not answers:
             raise MegapromptError(f"{test / METADATA}: {name} has an empty answer space; list its answers")
         relations[name] = Relation(name, name, "", first, facts, tuple(others), answers)
-    return Data(root.resolve().name, relations, files=tuple(files))
+    return Data(root.resolve().name, relations, files=tuple(files), whole_answers=True)
 
 
 def _metadata(path: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise MegapromptError(f"{path}: cannot be read as JSON ({error}); fetch the data again") from error
     if not isinstance(found, dict):
@@ -76,7 +76,7 @@ def _metadata(path: Path) -> Mapping[str, Any]:
     for name, about in found.items():
         for key, needed in (("templates", True), ("answer_space_labels", False)):
             value = about.get(key) if isinstance(about, dict) else None
-            texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+            texts = isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
             if (needed or value is not None) and not (texts and (value or not needed)):
                 raise MegapromptError(f'{path}: "{key}" of {name} is no list of texts; mend it')
     return found

@@ -7,6 +7,7 @@ train, dev and test, and usually a manual prompt written by a person ("The capit
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ class Fact(NamedTuple):
 
     subject: str
     object: str
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,7 @@ class Data:
     relations: dict[str, Relation]
     vocabulary: Path | None = None
     files: tuple[Path, ...] = field(default=(), repr=False)
-
-    @property
-    def has_answer_spaces(self) -> bool:
-        """Whether it says what is to choose from."""
-        return any(relation.answers for relation in self.relations.values())
+    whole_answers: bool = False  # whether it is made for answers of any length, as BEAR is
 
     @property
     def objects(self) -> list[str]:
@@ -122,9 +122,12 @@ def load_data(spec: str) -> Data:
             facts[split] = [Fact(row["sub_label"], row["obj_label"]) for _, row in rows]
         template, *others = [*filter(None, [row.get("template")]), *row.get("templates", ())] or [None]
         wordings = tuple(dict.fromkeys(text for text in others if text != template))
-        label, type_ = row.get("label", relation), row.get("type", "")
+        label, type_ = row.get("label") or relation, row.get("type") or ""
         relations[relation] = Relation(relation, label, type_, template, facts, wordings)
     vocabularies = sorted(root.glob("vocab/*.txt"))
+    if len(vocabularies) > 1:
+        names = ", ".join(path.name for path in vocabularies)
+        logger.warning("%s has several vocabularies (%s), of which none is used; choose one with --vocab", root, names)
     read = [*root.glob("relations.jsonl"), *sorted(path for splits in files.values() for path in splits.values())]
     return Data(root.resolve().name, relations, vocabularies[0] if len(vocabularies) == 1 else None, tuple(read))
 
@@ -135,8 +138,9 @@ def _descriptions(path: Path) -> dict[str, dict[str, Any]]:
     for line, row in read_jsonl(path, required=("relation",)) if path.is_file() else ():
         if row["relation"] in about:
             raise MegapromptError(f"{path}:{line}: relation {row['relation']} is described twice; keep one line")
-        if not isinstance(row.get("template") or "", str):
-            raise MegapromptError(f'{path}:{line}: "template" is not a text; mend the line')
+        for key in ("template", "label", "type"):
+            if not isinstance(row.get(key) or "", str):
+                raise MegapromptError(f'{path}:{line}: "{key}" is not a text; mend the line')
         texts = row.get("templates", [])
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise MegapromptError(f'{path}:{line}: "templates" is not a list of texts; mend the line')
@@ -170,7 +174,7 @@ def read_vocabulary(path: Path) -> list[str]:
         UsageError: it cannot be read, or has no words.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             by_model = json.loads(text)
             tokens = by_model.get("bert-base-cased") or next(iter(by_model.values()))

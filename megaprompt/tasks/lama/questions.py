@@ -159,6 +159,10 @@ def lama_tasks(
                 f"none of its {count} facts in {'/'.join(missing)} has an object that is one allowed token of "
                 f"{backbone.name} ({ask_for.vocabulary.name})"
             )
+        if not any(each.facts[split] for each in data.relations.values() for split in missing):
+            raise MegapromptError(
+                f"{data.name} has no facts in {'/'.join(missing)}; give --methods manual, or add facts"
+            )
         if names or not count:
             raise MegapromptError(
                 f"relation {relation.id} of {data.name}: {why}; add facts or leave it out with --relations"
@@ -226,4 +230,6 @@ def _check_wordings(task: Task) -> None:
             for example in task.examples["test"][:1]:
                 task.instance(example, task.template(text))
         except UsageError as error:
-            raise MegapromptError(f"relation {task.name}: {error}; mend the wording in the data") from error
+            raise MegapromptError(
+                f"relation {task.name}: {error}; mend the wording in the data, or leave it out with --relations"
+            ) from error

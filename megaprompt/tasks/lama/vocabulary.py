@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
+from rich.text import Text
 
 from megaprompt.backbone.tokenization import Tokenization
 from megaprompt.errors import UsageError
@@ -96,12 +97,12 @@ def count_facts(data: Data, vocabulary: str, tokenizer: Tokenization) -> dict[st
 
 def count_table(counts: dict[str, Count], title: str) -> Table:
     """For the terminal: per relation, what remains of the facts of each split."""
-    table = Table(title=title)
+    table = Table(title=Text(title))
     for column in ("relation", "label", *SPLITS, NOT_ONE_TOKEN, NOT_IN_VOCABULARY):
         table.add_column(column, justify="left" if column in ("relation", "label") else "right")
     for name, count in counts.items():
         splits = [f"{count.remaining[split]} of {count.facts[split]}" for split in SPLITS]
-        table.add_row(name, count.label, *splits, *(str(count.left_out[why]) for why in _REASONS))
+        table.add_row(name, Text(count.label), *splits, *(str(count.left_out[why]) for why in _REASONS))
     table.add_section()
     total = [f"{_sum(counts, split)} of {sum(c.facts[split] for c in counts.values())}" for split in SPLITS]
     reasons = [str(sum(count.left_out[why] for count in counts.values())) for why in _REASONS]

@@ -90,7 +90,7 @@ def read_patterns(path: Path | None) -> dict[str, Patterns]:
 
 def _tables(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--patterns {path}: cannot be read as TOML ({' '.join(str(error).split())})") from error
     for task, table in tables.items():
@@ -109,7 +109,7 @@ def _patterns(task: str, table: Mapping[str, Any], path: Path) -> Patterns:
     }
     chosen = {}
     for use in ("manual", "learned"):
-        if table[use] not in patterns:
+        if not isinstance(table[use], str) or table[use] not in patterns:
             raise UsageError(
                 f"--patterns {path}: [{task}] {use} = {table[use]!r} is no pattern; choose from {', '.join(patterns)}"
             )
@@ -129,11 +129,14 @@ def _compared(task: str, names: Any, patterns: Mapping[str, Pattern], path: Path
     if not isinstance(names, list) or not names:
         raise UsageError(f"{where}: give a list of patterns, some of {', '.join(patterns)}")
     for name in names:
-        if name not in patterns:
+        if not isinstance(name, str) or name not in patterns:
             raise UsageError(f"{where}: {name!r} is no pattern; choose from {', '.join(patterns)}")
         if patterns[name].template(False).num_pseudo_tokens:
             raise UsageError(f"{where}: {name!r} has learned tokens; take another")
     return tuple(patterns[name] for name in dict.fromkeys(names))
+
+
+_FIELD = re.compile(r"\[(\w[^\[\]]*?)~?(?:\.\.\.)?\]")
 
 
 def _pattern(task: str, name: str, given: Any, words: Any, path: Path) -> Pattern:
@@ -149,6 +152,9 @@ def _pattern(task: str, name: str, given: Any, words: Any, path: Path) -> Patter
         raise UsageError(f"{where}: words has to have one for each of {', '.join(wanted) or 'none'}")
     if len({*words.values()}) < len(words):
         raise UsageError(f"{where}: two answers have the same word; give each its own")
+    for field in _FIELD.findall(given):
+        if field not in (*kind.fields, "Y", "SEP"):
+            raise UsageError(f"{where}: [{field}] is no field of {task}; it has {', '.join(kind.fields)}")
     pattern = Pattern(name, given, kind.fields, words)
     try:
         pattern.template(causal=False)

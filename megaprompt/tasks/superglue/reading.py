@@ -194,6 +194,9 @@ def _copa(row: _Row) -> Iterator[Example]:
     if asked == "effect":
         fields |= {"because/so": "so", "because/, so": ", so"}
     candidates = tuple(choice.rstrip(string.punctuation) for choice in choices)
+    for name, candidate in zip(("choice1", "choice2"), candidates, strict=True):
+        if not candidate.strip():
+            raise row.wrong(name, "has no words; mend the line")
     yield _example(row, fields, row.number("idx"), candidates=candidates)
 
 
@@ -211,7 +214,8 @@ def _wsc(row: _Row) -> Iterator[Example]:
     target, words = row.object("target"), row.text("text").split()
     span, pronoun = target.text("span1_text"), target.text("span2_text")
     start = target.number("span1_index")
-    if not _letters(" ".join(words[start : start + len(span.split())])).startswith(_letters(span)):  # Emma's
+    spans = (" ".join(words[i : i + len(span.split())]) for i in (start, start + 1, start - 1) if i >= 0)
+    if not any(_letters(each).startswith(_letters(span)) for each in spans):  # Emma's
         raise target.wrong("span1_text", f"{span!r} does not stand at word {start} of the text; mend the line")
     at = target.number("span2_index")
     places = [place for place in (at, at + 1, at - 1) if 0 <= place < len(words)]
