@@ -105,11 +105,8 @@ def _run_on(
     deepspeed = read_deepspeed_config(configuration) if configuration is not None else DeepSpeedSettings()
     load = _loader(config, deepspeed, world) if given is None else lambda _: (given, None)
     backbone, _ = load(False)
-    pass_tokens = (
-        config.pass_tokens
-        or results.get("pass_tokens")
-        or _pass_tokens(config, backbone, world, material.whole_answers)
-    )
+    pass_tokens = config.pass_tokens or results.get("pass_tokens")  # a run goes on as before, so that it rounds so
+    pass_tokens = pass_tokens or _pass_tokens(config, backbone, world, material.whole_answers)
     size = backbone.exact_size(PassSize(config.row_tokens, pass_tokens))
     tasks, methods, ask_for = material.asked_of(backbone)
     if results and world.is_main:
@@ -119,12 +116,9 @@ def _run_on(
         go_on_with(results, backbone, world, run.path)
     else:
         results = new_results(backbone, tasks, world, data=material.name, ask_for=ask_for)
-    results["deepspeed"] = str(configuration or "none")
+    results |= {"deepspeed": str(configuration or "none"), "pass_tokens": pass_tokens, "seeds": seeds(config)}
     results["data"].setdefault("files", files)
-    results.setdefault("seeds", seeds(config))
     results.setdefault("commands", []).append(command_line())
-    results["pass_tokens"] = pass_tokens  # a run that goes on packs as before, so that it rounds as before
-
     context = RunContext(
         file=ResultsFile(run, results, world),
         status=status,
