@@ -48,8 +48,12 @@ NOT_RUN = {
     'megaprompt evaluate --prompts adapter --data other/facts --relations P36 --template "Capital of [X]: [Y]"': (
         "is run in tests/run/test_export.py"
     ),
-    "megaprompt superglue --data data/fewglue --setting few-shot --methods manual,in-context,p-tuning": "is run "
-    "with a small model in tests/run/test_superglue.py",
+    "megaprompt superglue --backbone gpt2 --data data/fewglue --methods manual,in-context,p-tuning --out runs/gpt2": (
+        "is run with a small model in tests/run/test_superglue.py"
+    ),
+    "megaprompt superglue --backbone bert-base-cased --data data/fewglue --methods manual,p-tuning --out runs/bert": (
+        "likewise"
+    ),
     "megaprompt superglue --data path/to/FewGLUE --tasks rte,cb --methods fine-tuning,manual+fine-tuning,p-tuning "
     "--tune both": "likewise",
 }
