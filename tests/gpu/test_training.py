@@ -1,5 +1,8 @@
 """Prompts learned on a GPU are those of the CPU, and a stopped training goes on exactly."""
 
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,3 +71,27 @@ def test_sizes_of_passes_do_not_matter(make_backbone, gpu):
     )  # fmt: skip
     for relation, learned in wide.items():
         torch.testing.assert_close(learned.kept.vectors, narrow[relation].kept.vectors, rtol=1e-9, atol=1e-11)
+
+
+def test_more_passes_do_not_wait_for_the_gpu_more_often(make_backbone, gpu):
+    """At most once for each pass: while the GPU computes it, the next one is packed and copied."""
+    backbone, recipe = make_backbone("gpt2", torch.float32).to(gpu), replace(RECIPE, batch_size=8)
+
+    def waits(pass_tokens: int) -> tuple[int, int]:
+        trainer = trainer_for(backbone, recipe=recipe, world=World(device=gpu), size=PassSize(16, pass_tokens))
+        trainer.train_step()
+        passes = []
+        counting = backbone.model.register_forward_pre_hook(lambda *_: passes.append(1))
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.train_step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            counting.remove()
+        return sum("synchronizing" in str(warning.message) for warning in caught), len(passes)
+
+    (few, one), (many, several) = waits(4096), waits(16)
+    assert several > one
+    assert many - few <= several - one
