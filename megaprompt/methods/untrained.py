@@ -106,7 +106,8 @@ def check_lengths(context: Context, splits: Sequence[Split]) -> None:
     if most is None:
         return
     for task in context.tasks.values():
-        template = task.default_template(context.backbone.causal) if task.manual is None else task.manual_template
+        causal = context.backbone.causal
+        template = task.template(task.learned) if task.learned else task.default_template(causal)
         others = len(template.text.encode()) + 32
         for split in splits:
             for example in task.examples[split]:

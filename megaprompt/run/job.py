@@ -144,7 +144,8 @@ def _run_on(
 
 def _completed(results: dict[str, Any], run: RunDirectory, world: World, status: ProgressFile) -> dict[str, Any]:
     """A run with nothing left to do, but maybe the report, if it ended while that was written."""
-    if world.is_main and read_progress(run.path)["state"] != "complete":
+    told = world.is_main and (run.path / "progress.json").exists()
+    if told and read_progress(run.path)["state"] != "complete":
         status.phase("report")
         write_report(run.path)
     logger.info("%s is complete; nothing to resume", run.path)
