@@ -97,7 +97,9 @@ class PackedBatch:
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on another device; to a GPU without waiting for what that is at."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type == "cuda" and torch.cuda.is_available():  # not where one is made believe
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ with joined_world(force=True) as world:
     [expected, none], [got, some] = (
         asked(Workplace(b, s, w, w)) for b, s, w in ((plain, sizes[1], World()), (backbone, sizes[0], world))
     )
-    assert some > none == 0
+    assert sum(world.gather(some)) > none == 0  # a rank may have questions without
     torch.testing.assert_close(got, expected, rtol=tolerance / 10, atol=tolerance / 10)
 sys.stdout.write(f"rank {world.rank} of {world.size} fine\\n")
 """

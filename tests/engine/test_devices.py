@@ -121,7 +121,7 @@ print("fine")
 def passes(kind: str, wrong: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", PASSES, kind, wrong], capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
 
 
