@@ -122,6 +122,7 @@ def test_seven_tasks_make_a_run_with_all_its_files(superglue, tmp_path, capsys):
     as_scikit_learn(run, tmp_path / "data", results["methods"], set(results["methods"]) - {"majority"})
 
 
+@pytest.mark.slow
 def test_classifiers_are_trained_where_train_has_both_classes(superglue, tmp_path):
     assert superglue("--methods", "fine-tuning", "--setting", "full") == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -184,7 +185,7 @@ def stopped_soon(monkeypatch):
     ("tasks", "methods"),
     [
         ("CB,COPA,WSC", ["manual,p-tuning", "--batch-size", "2"]),
-        ("CB,COPA,WSC", ["manual+fine-tuning", "--batch-size", "2"]),
+        pytest.param("CB,COPA,WSC", ["manual+fine-tuning", "--batch-size", "2"], marks=pytest.mark.slow),
         pytest.param("COPA", [*TUNED, "--search"], marks=pytest.mark.slow),
     ],
     ids=["frozen", "tuned", "searched"],

@@ -139,7 +139,7 @@ def test_packed_scores_equal_sentences_one_at_a_time(make_backbone, bear, kind, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [SIZES[1], pytest.param(SIZES[2], marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
 def test_packed_pseudo_likelihoods_equal_sentences_one_at_a_time(bear, kind, size):
     backbone = masked_backbone(kind)
     task = tasks_of(bear, backbone)["P36"]
