@@ -178,7 +178,8 @@ def test_only_the_papers_candidate(options, tmp_path):
         assert {each["name"] for each in row["tried"]} == {"manual", "best-manual", "in-context", "paper"}
 
 
-@pytest.mark.parametrize("stop_after", [pytest.param(4, marks=pytest.mark.slow), 6])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_after", [4, 6])
 def test_an_interrupted_run_goes_on_to_the_same_choice(options, tmp_path, monkeypatch, stop_after):
     whole = probe(options(tmp_path / "whole", methods=("best",)))
     train = trainer_module.Trainer.train
