@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,26 +51,21 @@ class World:
 
     def sum_(self, tensor: Tensor, what: str = "other") -> Tensor:
         """Replace `tensor` by its sum over the ranks; all must call it. `what` is for the account of bytes sent."""
-        return self._reduce(tensor, dist.ReduceOp.SUM, what)
+        return self._replaced(tensor, what, lambda moved: dist.all_reduce(moved, dist.ReduceOp.SUM, self.group))
 
     def max_(self, tensor: Tensor, what: str = "other") -> Tensor:
         """Replace `tensor` by its elementwise maximum over the ranks; all must call it."""
-        return self._reduce(tensor, dist.ReduceOp.MAX, what)
-
-    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType, what: str) -> Tensor:
-        if self.size > 1:
-            moved = tensor.to(self.device)
-            dist.all_reduce(moved, operation, group=self.group)
-            if moved is not tensor:
-                tensor.copy_(moved)
-            self.sent[what] += tensor.nbytes
-        return tensor
+        return self._replaced(tensor, what, lambda moved: dist.all_reduce(moved, dist.ReduceOp.MAX, self.group))
 
     def same_(self, tensor: Tensor, what: str = "other") -> Tensor:
         """Replace `tensor` by that of the first rank; all must call it."""
+        first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        return self._replaced(tensor, what, lambda moved: dist.broadcast(moved, first, self.group))
+
+    def _replaced(self, tensor: Tensor, what: str, collective: Callable[[Tensor], object]) -> Tensor:
         if self.size > 1:
             moved = tensor.to(self.device)
-            dist.broadcast(moved, 0 if self.group is None else dist.get_global_rank(self.group, 0), self.group)
+            collective(moved)
             if moved is not tensor:
                 tensor.copy_(moved)
             self.sent[what] += tensor.nbytes

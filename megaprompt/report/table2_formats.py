@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
 import numpy as np
 import pandas as pd
@@ -21,6 +20,7 @@ from megaprompt.report.cited import FACTS_OF_THE_PAPER, SOURCE, paper_vocabulary
 from megaprompt.report.runs import plural, points
 from megaprompt.report.table2 import Average, BackboneRow, Cell, Table2
 from megaprompt.report.tables import MARK, lead_of, methods_in_order
+from megaprompt.report.wordings import mean_and_error
 
 HEADINGS = {"manual": "MP", "fine-tuning": "FT", "manual+fine-tuning": "MP+FT", "p-tuning": "P-tuning"}
 HEADINGS |= {"p-tuning+fine-tuning": "P-tuning+FT"}
@@ -147,7 +147,7 @@ def _over_wordings(row: BackboneRow) -> tuple[float, float] | None:
     """Mean and standard error of the score over all facts, %, over manual wordings; None if there are not several."""
     columns = ["manual", *(method for method in row.cells if method.startswith("wording "))]
     means = [row.cells[method].mean("micro")[0] for method in columns if method in row.cells]
-    return (fmean(means), stdev(means) / len(means) ** 0.5) if len(means) > 1 else None
+    return mean_and_error(means) if len(means) > 1 else None
 
 
 def _frame(table: Table2, average: Average) -> tuple[pd.DataFrame, pd.DataFrame]:

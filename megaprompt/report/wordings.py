@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,12 @@ def over_wordings(results: Mapping[str, Any]) -> tuple[float, float, int] | None
     values = [each[score] for each in averages if known(each.get(score))]
     if len(values) < max(2, len(columns)):
         return None
-    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5, len(values)
+    return *mean_and_error(values), len(values)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of at least two values."""
+    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
 def notes_of_answers(results: Mapping[str, Any]) -> list[str]:

@@ -42,7 +42,6 @@ from megaprompt.run.origin import (
 )
 from megaprompt.run.progress import ProgressFile, read_progress
 from megaprompt.run.results_file import ResultsFile, go_on_with, new_results
-from megaprompt.tasks.task import SPLITS
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +107,7 @@ def _run_on(
     pass_tokens = config.pass_tokens or results.get("pass_tokens")  # a run goes on as before, so that it rounds so
     pass_tokens = pass_tokens or _pass_tokens(config, backbone, world, material.whole_answers)
     size = backbone.exact_size(PassSize(config.row_tokens, pass_tokens))
-    tasks, methods, ask_for = material.asked_of(backbone)
+    tasks, methods, splits, ask_for = material.asked_of(backbone)
     if results and world.is_main:
         check_same_files(results["data"], files, run.path)
         check_same_examples(results["data"]["relations"], tasks, run.path)
@@ -136,7 +135,7 @@ def _run_on(
     del backbone  # the context lets go of it when another one is trained
     for method in methods:
         method.check(context)
-    check_lengths(context, ("test",) if set(config.methods) <= {"manual"} else SPLITS)
+    check_lengths(context, splits)
     if world.is_main and not config.resume:  # everything that can be wrong from the start has been checked
         run.write_config(config)
     return run_methods(context, methods)

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from megaprompt.backbone import Backbone
 from megaprompt.backbone.tokenization import Tokenization
-from megaprompt.config import ProbeConfig, SuperGlueConfig
+from megaprompt.config import ProbeConfig, RunConfig, SuperGlueConfig
 from megaprompt.methods import Prompts, chosen_methods, superglue_methods
 from megaprompt.methods.discrete import prompt_files, read_discrete_prompts
 from megaprompt.methods.method import Method
@@ -27,6 +27,7 @@ class Asked(NamedTuple):
 
     tasks: dict[str, Task]
     methods: list[Method]
+    splits: Sequence[Split]  # in which tasks must have examples
     ask_for: AskFor | None = None  # how facts are answered, if they are facts
 
 
@@ -117,11 +118,11 @@ class Facts:
             backbone,
             ask_for,
             names=config.relations,
-            splits=_splits(config, self.discrete),
+            splits=(splits := _splits(config, self.discrete)),
             limit=config.limit_facts,
             seed=config.data_seed,
         )
-        return Asked(tasks, chosen_methods(config, tasks, self.discrete, self.wordings), ask_for)
+        return Asked(tasks, chosen_methods(config, tasks, self.discrete, self.wordings), splits, ask_for)
 
     def _ask_for(self, tokenization: Tokenization) -> AskFor:
         """Tokens or whole answers: as --answers says, else whole ones where the data has answers to choose from."""
@@ -131,8 +132,8 @@ class Facts:
         return AskFor(vocabulary, among_allowed, config.learn_by, begin, config.scores)
 
 
-def _splits(config: ProbeConfig, discrete: Mapping[str, Prompts]) -> tuple[Split, ...]:
-    """In which a relation must have facts."""
+def _splits(config: RunConfig, discrete: Mapping[str, Prompts]) -> tuple[Split, ...]:
+    """In which a task must have examples."""
     if set(config.methods) - {"manual"}:
         return SPLITS
     return ("train", "test") if discrete else ("test",)
@@ -184,4 +185,4 @@ class SuperGlue:
         tasks = superglue_tasks(
             self.data, self.patterns, backbone, bool({"best-manual", "pet"} & set(self.config.methods))
         )
-        return Asked(tasks, superglue_methods(self.config))
+        return Asked(tasks, superglue_methods(self.config), _splits(self.config, {}))

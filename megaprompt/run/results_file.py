@@ -30,24 +30,29 @@ class ResultsFile:
     results: dict[str, Any]
     world: World
     _next: float = 0.0  # when the file may be written again where that takes long
+    _put_off: bool = False
 
     def save(self, report: bool = True, soon: bool = False) -> None:
         """Write the results so far, and the report. Where they are large, `soon` may leave it to a later call. All
         ranks must call it."""
         peak, before = peak_memory(self.world), self.results.get("peak_memory_bytes", [])
         self.results["peak_memory_bytes"] = list(map(max, peak, before)) if len(before) == len(peak) else peak
-        if not (soon and time.monotonic() < self._next):
+        self._put_off = soon and time.monotonic() < self._next
+        if not self._put_off:
             self._write()
             if report and self.world.is_main:
                 write_report(self.run.path)
 
     @contextmanager
     def saved_at_the_end(self) -> Iterator[None]:
-        """Write the results when the block ends, however it does."""
+        """Write what was put off when the block ends, however it does. (And nothing else: job scripts see by the file's
+        time whether anything was done.)"""
         try:
             yield
         finally:
-            self._write()
+            if self._put_off:
+                self._put_off = False
+                self._write()
 
     def _write(self) -> None:
         if self.world.is_main:
