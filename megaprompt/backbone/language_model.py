@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -19,6 +20,9 @@ from megaprompt.errors import MegapromptError
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.prompt_encoder import EmbeddingStatistics
 from megaprompt.prompting.query import TextEncoder
+
+_REMEMBERED = 1 << 12
+"""Texts whose tokens are remembered: what stands before the answer is the same for all candidates."""
 
 
 class Backbone(PackedModel):
@@ -65,7 +69,12 @@ class Backbone(PackedModel):
         plain = tokenization.tokenizer(WORD, add_special_tokens=False)["input_ids"]
         special = tokenization.tokenizer(WORD)["input_ids"]
         prefix = special[: special.index(plain[0])] if plain[0] in special else []
-        encoder = TextEncoder(lambda text, is_start: tokenization.encode([text], is_start=is_start)[0], tuple(prefix))
+
+        @lru_cache(_REMEMBERED)
+        def encode(text: str, is_start: bool) -> tuple[int, ...]:
+            return tuple(tokenization.encode([text], is_start=is_start)[0])
+
+        encoder = TextEncoder(encode, tuple(prefix))
         if self.causal:
             return encoder
         mask = tokenization.tokenizer.mask_token_id

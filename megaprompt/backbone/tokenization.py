@@ -99,6 +99,8 @@ class Tokenization:
         return found
 
     def _behind(self, word: str, texts: Sequence[str]) -> list[list[int] | None]:
+        if not texts:
+            return []
         [before] = self._ids([word])
         both = self._ids([word + text for text in texts])
         return [ids[len(before) :] if ids[: len(before)] == before else None for ids in both]

@@ -15,8 +15,7 @@ import torch
 
 from megaprompt.distributed.world import World
 from megaprompt.prompting.packing import PassSize, split_into_passes
-from megaprompt.prompting.query import Query
-from megaprompt.prompting.trunks import common
+from megaprompt.prompting.query import Query, common
 
 
 def my_passes(

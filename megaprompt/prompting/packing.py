@@ -38,7 +38,7 @@ from torch import Tensor
 
 from megaprompt.config import PASS_TOKENS, ROW_TOKENS
 from megaprompt.prompting.query import Query
-from megaprompt.prompting.rows import Row, end_of, fill_rows
+from megaprompt.prompting.rows import Order, Row, Size, end_of
 from megaprompt.prompting.trunks import Trunk
 
 _SPACE_OF_KNOWN = 0.1
@@ -115,7 +115,7 @@ class PassSize:
         if self.row_tokens is not None and self.row_tokens > self.pass_tokens:
             object.__setattr__(self, "row_tokens", self.pass_tokens)
 
-    def exceeded(self, rows: Sequence[Row]) -> bool:
+    def exceeded(self, rows: Sequence[Size]) -> bool:
         """Whether some rows are more than a pass."""
         assert self.row_tokens is not None
         if len(rows) <= max(1, self.pass_tokens // self.row_tokens):
@@ -123,7 +123,7 @@ class PassSize:
         known = max(row.known for row in rows)
         if not known:
             return True
-        width = max(len(row.tokens) for row in rows)  # tails are often short: then more rows fit
+        width = max(row.tokens for row in rows)  # tails are often short: then more rows fit
         return len(rows) * (width + _SPACE_OF_KNOWN * known) > self.pass_tokens
 
 
@@ -146,21 +146,29 @@ def split_into_passes(instances: Sequence[Sequence[Query]], size: PassSize) -> l
             passes[-1].append(i)
         return passes
     order = sorted(range(len(instances)), key=lambda i: min(query.tokens for query in instances[i]))
-    if all(len(queries) == 1 for queries in instances):  # which stand in the rows in this order
-        filled: list[Row] = []
-        for i in order:
-            added = (instances[i], range(1), size.row_tokens, size.row_tokens)
-            if not passes or size.exceeded(fill_rows(filled, *added)):
-                passes.append([])
-                filled = fill_rows([], *added)
-            passes[-1].append(i)
-        return passes
+    single = all(len(queries) == 1 for queries in instances)
+    in_order = Order([instances[i][0] for i in order]) if single else None
     start = 0
     while start < len(order):
-        count = _how_many_fit(instances, order[start:], size)
+        if in_order is not None:
+            count = _how_many_stand(in_order, start, size)
+        else:
+            count = _how_many_fit(instances, order[start:], size)
         passes.append(order[start : start + count])
         start += count
     return passes
+
+
+def _how_many_stand(order: Order, start: int, size: PassSize) -> int:
+    """How many queries, from one on, stand in the rows of a pass; at least 1."""
+    limit = size.row_tokens
+    assert limit is not None
+    rows: list[Size] = []
+    for count, (row, tokens, known) in enumerate(order.filling(limit, limit, start)):
+        rows[row:] = [Size(tokens, known)]
+        if size.exceeded(rows):
+            return count
+    return len(order.queries) - start
 
 
 def _how_many_fit(instances: Sequence[Sequence[Query]], order: Sequence[int], size: PassSize) -> int:
@@ -169,17 +177,26 @@ def _how_many_fit(instances: Sequence[Sequence[Query]], order: Sequence[int], si
     limit = size.row_tokens
     assert limit is not None
 
-    def fit(count: int) -> bool:
-        queries = sorted((query for i in order[:count] for query in instances[i]), key=lambda query: query.tokens)
-        return not size.exceeded(fill_rows([], queries, range(len(queries)), limit, limit))
+    def first(count: int) -> tuple[list[int], Order]:
+        """The queries of so many instances, and the place of the instance that each belongs to."""
+        pairs = [(place, query) for place, i in enumerate(order[:count]) for query in instances[i]]
+        pairs.sort(key=lambda pair: pair[1].tokens)
+        return [place for place, _ in pairs], Order([query for _, query in pairs])
 
-    low, high = 1, 2  # so many fit, unless even 1 does not; so many may not
-    while high <= len(order) and fit(high):
-        low, high = high, 2 * high
-    high = min(high, len(order) + 1)
-    while high - low > 1:
+    def fit(some: Order) -> bool:
+        return not size.exceeded(some.sizes(limit, limit))
+
+    low, high = 1, min(2, len(order))  # so many fit, unless even 1 does not
+    places, several = first(high)
+    while fit(several):
+        if high == len(order):
+            return high
+        low, high = high, min(2 * high, len(order))
+        places, several = first(high)
+    while high - low > 1:  # so many do not
         middle = (low + high) // 2
-        low, high = (middle, high) if fit(middle) else (low, middle)
+        fewer = several.some([i for i, place in enumerate(places) if place < middle])
+        low, high = (middle, high) if fit(fewer) else (low, middle)
     return low
 
 
@@ -192,47 +209,46 @@ def pack(queries: Sequence[Query], row_tokens: int | None) -> PackedBatch:
     to take part in a collective pass.
     """
     assert row_tokens is not None or not any(query.cuts for query in queries)
-    order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
-    limit = row_tokens or 0
-    rows = fill_rows([], queries, order, limit, limit) or [Row()]
-    if len(rows) > 1 and row_tokens is not None:
+    numbers = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
+    order = Order([queries[i] for i in numbers])
+    limit = width = row_tokens or 0
+    sizes = order.sizes(limit, limit)
+    if len(sizes) > 1 and row_tokens is not None:
         # Even rows: with as many rows as needed, the smallest width that holds everything leaves the least padding.
-        low, high = max(len(q.tokens) - end_of(q.cuts) for q in queries), max(len(row.tokens) for row in rows)
-        while low < high:
-            middle = (low + high) // 2
-            narrower = fill_rows([], queries, order, middle, limit)
-            if len(narrower) <= len(rows):
-                rows, high = narrower, middle
+        low, width = max(len(q.tokens) - end_of(q.cuts) for q in queries), max(size.tokens for size in sizes)
+        while low < width:
+            middle = (low + width) // 2
+            narrower = order.sizes(middle, limit)
+            if len(narrower) <= len(sizes):
+                sizes, width = narrower, middle
             else:
                 low = middle + 1
+    rows = order.rows(numbers, width, limit) or [Row()]
 
     width, known = max(1, *(len(row.tokens) for row in rows)), max(row.known for row in rows)
-    token_ids, position_ids, visible_from, visible_until = [], [], [], []
-    pseudo_positions, pseudo_indices = [], []
+    tokens_of_rows, position_ids, visible_from, visible_until = [], [], [], []
     targets: dict[int, int] = {}
     targets_of: list[list[int]] = [[]] * len(queries)
     for r, row in enumerate(rows):
         padding = [0] * (width - len(row.tokens))
-        token_ids.append([max(token, 0) for token in row.tokens] + padding)
+        tokens_of_rows.append(row.tokens + padding)
         position_ids.append(row.depths + padding)
         since, until = row.keys(known, width)
         visible_from.append(since)
         visible_until.append(until)
-        for position, token in enumerate(row.tokens):
-            if token < 0:
-                pseudo_positions.append(r * width + position)
-                pseudo_indices.append(-1 - token)
         for query, positions in row.ends:
             targets_of[query] = [targets.setdefault(r * width + position, len(targets)) for position in positions]
+    tokens = torch.tensor(tokens_of_rows)
+    pseudo_positions = (tokens.flatten() < 0).nonzero()[:, 0]
     return PackedBatch(
         one_by_one=row_tokens is None,
         trunks=tuple(tuple(row.trunks) for row in rows),
-        token_ids=torch.tensor(token_ids),
+        token_ids=tokens.clamp(min=0),
         position_ids=torch.tensor(position_ids),
         visible_from=torch.tensor(visible_from),
         visible_until=torch.tensor(visible_until),
-        pseudo_positions=torch.tensor(pseudo_positions, dtype=torch.int64),
-        pseudo_indices=torch.tensor(pseudo_indices, dtype=torch.int64),
+        pseudo_positions=pseudo_positions,
+        pseudo_indices=-1 - tokens.flatten()[pseudo_positions],
         targets=torch.tensor(list(targets), dtype=torch.int64),
         target_of_query=torch.tensor([target for each in targets_of for target in each], dtype=torch.int64),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from operator import ne
 from typing import NamedTuple
 
 from megaprompt.errors import MegapromptError, UsageError
@@ -28,6 +28,11 @@ class Query(NamedTuple):
     cuts: tuple[int, ...] = ()  # where its trunks end, ascending; tokens before are computed in advance (see `trunks`)
 
 
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many elements two sequences begin with alike."""
+    return next((i for i, differ in enumerate(map(ne, a, b)) if differ), min(len(a), len(b)))
+
+
 class TextEncoder(NamedTuple):
     """How one backbone reads text; made by `megaprompt.backbone`.
 
@@ -38,7 +43,7 @@ class TextEncoder(NamedTuple):
     the word that each of the same tokens belongs to.
     """
 
-    encode: Callable[[str, bool], list[int]]
+    encode: Callable[[str, bool], Sequence[int]]
     prefix: tuple[int, ...] = ()
     mask: int | None = None
     suffix: tuple[int, ...] = ()
@@ -81,7 +86,7 @@ class QueryWriter:
     def _shared(self, length: int, ids: Sequence[int]) -> int:
         """How many of the tokens of `text` are those of its first `length` characters alone."""
         alone = self.encoder.encode(*self._as_it_stands(self.text[:length])) if self.text[:length].strip() else []
-        return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(alone, ids, strict=False))))
+        return common(alone, ids)
 
     def flush(self) -> None:
         """Encode the text so far."""

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
-from megaprompt.prompting.query import Query
+from megaprompt.prompting.query import Query, common
 
 SHORTEST = 16
 """Tokens from which on a trunk is worth its pass. (Measured with 135M parameters on one core: in training, text of 16
@@ -126,8 +126,3 @@ def _pieces(texts: Sequence[tuple[int, ...]], lengths: Sequence[int], row_tokens
             if max(len(texts[i]) for i in together) - start >= SHORTEST:
                 waiting.append((range(together[0], together[-1] + 1), start, parent))
     return pieces
-
-
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many elements two sequences begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

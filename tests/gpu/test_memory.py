@@ -30,4 +30,6 @@ def test_peak_is_as_predicted(gpu, tmp_path, backbone, method, dtype, tokens):
     measured = measure(case, World(device=gpu), tmp_path / "out-of-memory")
     peak = measured["peak"] - before
     print(f"predicted {need.device}, measured {measured}")
-    assert need.total("device") / peak == pytest.approx(1, abs=0.1), (need.device, measured)
+    # Of a step of several passes. In the only pass of a step, activations go while gradients come.
+    too_much = 0.25 if method == "fine-tuning" else 0.1
+    assert 0.9 < need.total("device") / peak < 1 + too_much, (need.device, measured)

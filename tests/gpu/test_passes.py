@@ -44,7 +44,7 @@ def test_logits_and_gradients_equal_the_plain_forward(backbone_of, dtype):
     encoder = backbone.text_encoder()
     queries = [template.render({"X": subject}, encoder) for subject, _ in PAIRS["P36"]]
     torch.manual_seed(0)
-    prompts = torch.randn(6, backbone.hidden_size).to(backbone.device, dtype).requires_grad_()
+    prompts = torch.randn(6, backbone.embedding_size).to(backbone.device, dtype).requires_grad_()
     plain = plain_logits(backbone, queries, prompts)
     weights = torch.randn_like(plain)
     (expected,) = torch.autograd.grad((plain * weights).sum(), prompts)

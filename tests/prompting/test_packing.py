@@ -194,7 +194,7 @@ def test_every_kind_of_causal_model_is_computed_exactly(tokenizer, kind):
 def test_a_model_that_ignores_the_mask_gets_rows_of_one_query(make_backbone, caplog):
     backbone = make_backbone("gpt2")
     assert backbone.exact_size(PassSize()) == PassSize()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("megaprompt")]
     forward = backbone.model.forward
 
     def without_mask(**inputs):
