@@ -290,9 +290,10 @@ def test_interrupted_run_resumes_to_the_same_result(backbone_directory, data_dir
     assert [{**line, "time": 0} for line in logs[0]] == [{**line, "time": 0} for line in logs[1]]
 
 
-def test_damaged_checkpoint_and_prompt(probe, tmp_path, capsys, caplog):
+def test_damaged_checkpoint_and_prompt(probe, tmp_path, capsys, caplog, monkeypatch):
     from megaprompt.cli import main
 
+    monkeypatch.setattr("megaprompt.run.job.forget", lambda *_: None)
     assert probe() == 0
     run = tmp_path / "run"
     results = json.loads((run / "results.json").read_text())

@@ -159,7 +159,8 @@ class Parts:
             write_file(path, buffer.getvalue())
         return found
 
-    def forget(self) -> None:
-        """Delete them."""
-        if self._world.is_main:
-            shutil.rmtree(self._directory, ignore_errors=True)
+
+def forget(run: Path, world: World) -> None:
+    """Delete what a run would go on from, since it is complete."""
+    if world.is_main:
+        shutil.rmtree(run / "state", ignore_errors=True)

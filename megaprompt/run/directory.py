@@ -8,8 +8,9 @@ prompts/best/, manual/ ...  the same of other methods; of text alone without vec
 evaluations/NAME.json       scores of the prompts on other facts (`megaprompt evaluate --report`)
 predictions/P36.jsonl       subject, object, rank and best answers per fact and method
 submission/manual/CB.jsonl  the answers of a method in the data's own format, if it has one
+state/                      until the run is complete:
 state/step-00000150/        a checkpoint of training: one file per relation, and a manifest with their checksums
-state/parts/                what a search has found so far, until the run is complete
+state/parts/                what a search has found so far
 autoprompt.jsonl            prompts that AutoPrompt found, for `--discrete`
 log.jsonl, tensorboard/     one line for each time that a relation is scored on dev; what was tried and chosen of each
 report.html, *.png          see `report`

@@ -27,7 +27,7 @@ from megaprompt.methods.untrained import check_lengths
 from megaprompt.prompting.packing import PassSize
 from megaprompt.report.html import write_report
 from megaprompt.resources.plan import bytes_of_pass
-from megaprompt.run.checkpoints import Parts
+from megaprompt.run.checkpoints import forget
 from megaprompt.run.context import RunContext
 from megaprompt.run.directory import SCHEMA, RunDirectory
 from megaprompt.run.fitting import on_nodes, settled
@@ -147,6 +147,7 @@ def _completed(results: dict[str, Any], run: RunDirectory, world: World, status:
     if told and read_progress(run.path)["state"] != "complete":
         status.phase("report")
         write_report(run.path)
+    forget(run.path, world)
     logger.info("%s is complete; nothing to resume", run.path)
     return results
 
@@ -169,7 +170,7 @@ def run_methods(context: RunContext, methods: Sequence[Method]) -> dict[str, Any
             context.run.log_choices(results["methods"])
         results["complete"] = True
         context.file.save()
-    Parts(context.run.path, context.world).forget()
+    forget(context.run.path, context.world)
     context.world.barrier()
     return results
 

@@ -160,7 +160,7 @@ def test_interrupted_fine_tuning_goes_on_with_the_next_step(config, tmp_path, mo
     assert begun == [(second, 5)]
     assert resumed["methods"]["fine-tuning"]["relations"] == whole["methods"]["fine-tuning"]["relations"]
     assert losses(config.out) == losses(tmp_path / "whole")  # no line of the log twice
-    assert not (config.out / "state" / "parts").exists()  # the weights need not be kept any longer
+    assert not (config.out / "state").exists()  # the weights need not be kept any longer
 
 
 @pytest.fixture(scope="module")

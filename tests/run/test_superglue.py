@@ -160,7 +160,7 @@ def test_the_model_is_tuned_with_the_prompts(superglue, tmp_path):
     lines = read_lines(run / "log.jsonl")
     assert len({line["candidate"] for line in lines if "epoch" in line}) == 6
     assert sum("tried" in line for line in lines) == 1
-    assert not (run / "state" / "parts").exists()
+    assert not (run / "state").exists()
     assert not (run / "prompts").exists(), "a prompt is of no use without its model"
     page = (run / "report.html").read_text()
     for text in ("p-tuning+fine-tuning", "chosen on the validation set", "learning rate 2e-05, batches of 16"):

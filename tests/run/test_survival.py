@@ -96,7 +96,7 @@ def test_killed_at_random_moments(backbone_directory, data_directory, tmp_path):
         assert torch.equal(prompt.vectors, prompts[1][name].vectors)
     results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("whole", "broken")]
     assert results[0]["methods"] == results[1]["methods"]
-    assert len(list((broken / "state").iterdir())) <= 2
+    assert not (broken / "state").exists()
 
 
 def test_full_disk_keeps_the_older_checkpoint(backbone_directory, data_directory, tmp_path):
