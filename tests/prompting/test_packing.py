@@ -12,7 +12,9 @@ from megaprompt.errors import MegapromptError
 from megaprompt.prompting.packing import PassSize, pack, split_into_passes
 from megaprompt.prompting.prompt_encoder import PromptEncoder
 from megaprompt.prompting.query import Query
+from megaprompt.prompting.rows import Order, end_of
 from megaprompt.prompting.template import Template
+from megaprompt.prompting.trunks import cut
 from tests.conftest import PAIRS, plain_logits
 
 WORDS = range(20, 30)
@@ -30,6 +32,27 @@ def random_queries(seed: int, count: int, pseudo: int = 6, relations: int = 2) -
         queries.append(Query(tuple(tokens), (target,)))
     queries.append(Query((21, 22, 23), (2,)))  # a manual prompt among them
     return queries
+
+
+@pytest.mark.parametrize("behind_trunks", [False, True])
+@pytest.mark.parametrize("width", [1, 9, 30, 500])
+def test_rows_have_the_sizes_that_were_told(width, behind_trunks):
+    """Of all queries, and of some of them, by what is known of all."""
+    queries = random_queries(1, 60)
+    if behind_trunks:
+        texts = [tuple(range(30, 30 + length)) for length in (16, 33, 47)]
+        longer = [Query(texts[i % 3] + q.tokens, (len(texts[i % 3]) + q.targets[0],)) for i, q in enumerate(queries)]
+        queries = cut(longer)
+        assert all(query.cuts for query in queries)
+    order = Order(sorted(queries, key=lambda query: query.tokens))
+    longest = max(len(query.tokens) - end_of(query.cuts) for query in queries)
+    places = sorted(random.Random(width).sample(range(len(queries)), 20))
+    for some in (order, order.some(places)):
+        rows = some.rows(range(len(some.queries)), width, 50)
+        assert some.sizes(width, 50) == [(len(row.tokens), row.known) for row in rows]
+        assert [number for row in rows for number, _ in row.ends] == list(range(len(some.queries)))
+        assert all(len(row.tokens) <= max(width, longest) for row in rows)
+    assert order.some(places).sizes(width, 50) == Order([order.queries[i] for i in places]).sizes(width, 50)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
