@@ -104,7 +104,8 @@ class Template:
         Raises:
             UsageError: there are pseudo tokens already.
         """
-        text, tokens, is_start = "", [], True
+        text, is_start = "", True
+        tokens: list[int] = []
         for i, piece in enumerate(self.pieces):
             if isinstance(piece, int):
                 raise UsageError(f"template {self.text!r} has pseudo tokens; a manual prompt has none")
