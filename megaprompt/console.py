@@ -16,9 +16,9 @@ _LOG_EVERY = 30.0  # seconds
 
 
 class Update(Protocol):
-    """Tells how much is done, of how much in all (None: as before)."""
+    """Tells how much is done, of how much in all (None: as before), and what else is to be said."""
 
-    def __call__(self, done: int, total: int | None = None) -> None: ...
+    def __call__(self, done: int, total: int | None = None, note: str = "") -> None: ...
 
 
 class _Rate(ProgressColumn):
@@ -34,7 +34,7 @@ class _Rate(ProgressColumn):
 def progress(description: str, total: int, enabled: bool = True, unit: str = "facts") -> Iterator[Update]:
     """Show the progress of `total` units while the block runs; only ranks that talk to the user enable it."""
     if not enabled:
-        yield lambda done, total=None: None
+        yield lambda done, total=None, note="": None
     elif sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"),
@@ -45,22 +45,30 @@ def progress(description: str, total: int, enabled: bool = True, unit: str = "fa
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(description, total=total)
-            yield lambda done, total=None: bar.update(task, completed=done, total=total)
+
+            def redraw(done: int, total: int | None = None, note: str = "") -> None:
+                more = f" ({note})" if note else ""
+                bar.update(task, completed=done, total=total, description=description + more)
+
+            yield redraw
     else:
         start = last = time.monotonic()
         first: int | None = None
         latest = total
 
-        def update(done: int, total: int | None = None) -> None:
+        def update(done: int, total: int | None = None, note: str = "") -> None:
             nonlocal last, first, latest
             first, latest = done if first is None else first, latest if total is None else total
             now = time.monotonic()
             if now - last >= _LOG_EVERY:
                 last = now
                 rate = (done - first) / (now - start)
-                left = f", {(latest - done) / rate:.0f} s left" if rate else ""
-                speed = f"{rate:.1f} {unit}/s" if rate >= 1 or not rate else f"{1 / rate:.1f} s each"
-                print(f"{description}: {done}/{latest} {unit}, {speed}{left}", file=sys.stderr, flush=True)
+                said = [f"{done}/{latest} {unit}"]
+                if rate:
+                    said.append(f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each")
+                    said.append(f"{(latest - done) / rate:.0f} s left")
+                said += [note] if note else []
+                print(f"{description}: {', '.join(said)}", file=sys.stderr, flush=True)
 
         yield update
         print(f"{description}: done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)

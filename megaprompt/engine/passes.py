@@ -25,6 +25,13 @@ from megaprompt.prompting.trunks import Trunk
 from megaprompt.tasks.objective import Answers, Objective
 from megaprompt.tasks.task import Instance
 
+AfterPass = Callable[[int, int], None]
+"""Called by all ranks after each pass that answers questions, with its number and how many there will be."""
+
+
+def go_on(done: int, total: int) -> None:
+    """After a pass: nothing else."""
+
 
 @dataclass(frozen=True)
 class Workplace:
@@ -43,11 +50,14 @@ class Workplace:
     everyone: World
     reads: Literal["logits", "hidden"] = "logits"
     trunks: Trunks = field(default_factory=Trunks, repr=False)
+    after_pass: AfterPass = field(default=go_on, repr=False)
 
     @classmethod
-    def shared(cls, backbone: Backbone, size: PassSize, world: World, objective: Objective) -> Workplace:
+    def shared(
+        cls, backbone: Backbone, size: PassSize, world: World, objective: Objective, after_pass: AfterPass = go_on
+    ) -> Workplace:
         """Where all ranks share all questions of an objective."""
-        return cls(backbone, size, world, world, objective.reads)
+        return cls(backbone, size, world, world, objective.reads, after_pass=after_pass)
 
 
 class Questions(NamedTuple):
@@ -188,7 +198,8 @@ def _read(at: Workplace, questions: Mapping[int, Questions], prompts: Tensor | N
     mine = my_passes([each.instance.queries for each in asked], at.world, at.size, ranks)
     own = sorted(i for indices in mine for i in indices)
     keep = groups.to_keep({i: (names[i], asked[i].instance) for i in own if asked[i].objective.goes_on})
-    for values, parts in _computed(at, asked, padded(mine, at.everyone), prompts, keep):
+    passes = padded(mine, at.everyone)
+    for number, (values, parts) in enumerate(_computed(at, asked, passes, prompts, keep), start=1):
         for part in parts:
             rows_of: dict[int, list[int]] = {}
             for row, i in enumerate(part.indices):
@@ -196,6 +207,7 @@ def _read(at: Workplace, questions: Mapping[int, Questions], prompts: Tensor | N
             for name, read in part.objective.read(part.outputs(values), part.gold, part.head).items():
                 for task, rows in rows_of.items():
                     found[task][name][[place[part.indices[row]][1] for row in rows]] = read[rows]
+        at.after_pass(number, len(passes))
     return [_of_all_ranks(each, at.world) for each in found.values()]
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from megaprompt.console import progress
 from megaprompt.distributed.loss_scale import NO_SCALING, LossScale
 from megaprompt.distributed.world import World
 from megaprompt.engine.learner import Learned, Prompt
-from megaprompt.engine.passes import Questions, Workplace, answers
+from megaprompt.engine.passes import AfterPass, Questions, Workplace, answers, go_on
 from megaprompt.engine.trainer import Hooks, Interrupted, Trainer
 from megaprompt.methods.method import Scores, ScoreTask, ShouldStop
 from megaprompt.prompting.packing import PassSize
@@ -54,6 +55,7 @@ class RunContext:
     half_precision_scale: LossScale
     load: Callable[[bool], tuple[Backbone, dict[str, Any] | None]] = field(repr=False)
     release: Callable[[Backbone], None] = field(repr=False)
+    after_pass: AfterPass = field(default_factory=lambda: go_on, init=False, repr=False)
 
     @property
     def run(self) -> RunDirectory:
@@ -75,7 +77,7 @@ class RunContext:
         return self.half_precision_scale if self.backbone.model.dtype == torch.float16 else NO_SCALING
 
     def at(self, task: Task) -> Workplace:
-        return Workplace.shared(self.backbone, self.size, self.world, task.objective)
+        return Workplace.shared(self.backbone, self.size, self.world, task.objective, self.after_pass)
 
     def answer(
         self, task: Task, template: Template, split: Split, prompt: Prompt | None = None, before: str = ""
@@ -118,18 +120,17 @@ class RunContext:
         unfinished = self.results.setdefault("unfinished", {})
         rows = {column: unfinished.setdefault(column, {}) for column in columns}
         todo = [name for name in names or self.tasks if not self.is_scored(columns, name)]
-        start, count = time.monotonic(), len(names or self.tasks)
+        start, count, timing = time.monotonic(), len(names or self.tasks), self.results["timing"]
         shown = progress(title, count, self.world.is_main and not own_progress, unit="relations")
-        timing = self.results["timing"]
         earlier = {column: timing.get(column, {}).get("seconds", 0.0) for column in columns}
         with stop_signals() as should_stop, shown as update, self.file.saved_at_the_end():
             for number, name in enumerate(todo, start=count - len(todo) + 1):
                 self.status.phase(f"{title} {name}")
-                if self.world.max_(torch.tensor(int(should_stop())), "schedule"):
-                    raise Interrupted(f"interrupted before {name}; continue with --resume")
-                for column, (row, found, way) in score(self.tasks[name], should_stop).items():
-                    own = self.run if self.world.is_main else None
-                    rows[column][name] = row | _measured(own, column, way or self.tasks[name], found)
+                _stop(self.world, should_stop, f"before {name}")
+                with _telling_passes(self, name, None if own_progress else partial(update, number - 1), should_stop):
+                    scored = score(self.tasks[name], should_stop)
+                for column, (row, found, way) in scored.items():
+                    rows[column][name] = row | _measured(self, column, way or self.tasks[name], found)
                     timing[column] = {"seconds": earlier[column] + time.monotonic() - start}
                 self.file.save(report=False, soon=True)
                 update(number)
@@ -186,18 +187,42 @@ class RunContext:
             self.run.replace_template(name, task.name, template)
 
 
+def _stop(world: World, should_stop: ShouldStop, where: str) -> None:
+    if world.max_(torch.tensor(int(should_stop())), "schedule"):
+        raise Interrupted(f"interrupted {where}; continue with --resume")
+
+
+@contextmanager
+def _telling_passes(
+    context: RunContext, name: str, tell: Callable[..., None] | None, should_stop: ShouldStop
+) -> Iterator[None]:
+    """Tell of each pass in which a task is asked, and stop behind it if a signal says so; or leave both to others."""
+
+    def after_pass(done: int, total: int) -> None:
+        if tell is not None:
+            tell(note=f"{name}: pass {done} of {total}")
+            context.status.passes(done, total)
+            _stop(context.world, should_stop, f"in {name}")
+
+    before, context.after_pass = context.after_pass, after_pass
+    try:
+        yield
+    finally:
+        context.after_pass = before
+
+
 def _row(task: Task, template: Template, dev: Scores | None) -> dict[str, Any]:
     score = next(iter(task.objective.metrics))
     about = {"type": task.type, "facts": len(task.examples["test"]), "epochs": None, "template": template.text}
     return about | {f"dev_{score}": dev[score] if dev else None, "dev": dict(dev) if dev else None}
 
 
-def _measured(run: RunDirectory | None, column: str, task: Task, found: Answers | None) -> dict[str, float | None]:
+def _measured(context: RunContext, column: str, task: Task, found: Answers | None) -> dict[str, float | None]:
     """The metrics of answers on test, which are written down on one rank."""
     if found is None:
         return dict.fromkeys(task.objective.metrics)
-    if run is not None:
-        _write_down(run, column, task, found)
+    if context.world.is_main:
+        _write_down(context.run, column, task, found)
     return dict(task.objective.measure(found, task.examples["test"]))
 
 

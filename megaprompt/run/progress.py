@@ -3,11 +3,13 @@
 And `progress.json` in the directory of a run, which other programs can read while it goes on:
 
 {"state": "running", "phase": "p-tuning", "step": 120, "facts_done": 960, "facts_total": 4800,
- "score": ["p_at_1", "P@1"], "items": "facts", "relations": {"P36": {"epoch": 12, "best_dev_p_at_1": 0.38}},
+ "passes": null, "score": ["p_at_1", "P@1"], "items": "facts",
+ "relations": {"P36": {"epoch": 12, "best_dev_p_at_1": 0.38}},
  "seconds": 41.2, "eta_seconds": 164.8, "updated": 1790000000.0}
 
 `state` is running, interrupted, failed or complete. A run that was killed stays "running", but is not updated any more.
-`seconds` and `eta_seconds` (null while unknown) are about the phase, since this start.
+`seconds` and `eta_seconds` (null while unknown) are about the phase, since this start. While questions are asked,
+`passes` tells how many passes of the backbone there have been, and how many this part takes.
 """
 
 from __future__ import annotations
@@ -35,7 +37,13 @@ class ProgressFile:
     def __init__(self, run: Path, enabled: bool = True) -> None:
         self._path = run / "progress.json" if enabled else None
         self._state: dict[str, Any] = {"state": "running", "phase": "loading", "step": 0}
-        self._state |= {"facts_done": 0, "facts_total": None, "score": ["p_at_1", "P@1"], "items": "facts"}
+        self._state |= {
+            "facts_done": 0,
+            "facts_total": None,
+            "passes": None,
+            "score": ["p_at_1", "P@1"],
+            "items": "facts",
+        }
         self._state |= {"relations": {}}
         self._start = time.monotonic()
         self._written: float | None = None  # a run that could not start leaves no file
@@ -44,7 +52,7 @@ class ProgressFile:
     def phase(self, name: str) -> None:
         """Another part of the work begins."""
         self._start, self._first = time.monotonic(), None
-        self._write(phase=name)
+        self._write(phase=name, passes=None)
 
     def score(self, name: str, heading: str, items: str) -> None:
         """Which metric the lines of the log are about, and what is counted."""
@@ -66,6 +74,14 @@ class ProgressFile:
         begins = self._first is None
         self._first = done if self._first is None else self._first
         self._state |= {"facts_done": done, "facts_total": total, "step": step}
+        self._write_now_and_then(begins)
+
+    def passes(self, done: int, total: int) -> None:
+        """Questions are asked."""
+        self._state |= {"passes": [done, total]}
+        self._write_now_and_then()
+
+    def _write_now_and_then(self, begins: bool = False) -> None:
         if begins or self._written is None or time.monotonic() - self._written >= _FILE_EVERY:
             self._write()
 
@@ -117,6 +133,8 @@ def describe_progress(progress: Mapping[str, Any]) -> str:
         done = progress["facts_done"]
         items = progress.get("items", "facts")
         lines.append(f"{done} of at most {total} {items} ({100 * done / total:.0f} %)")
+    if progress["state"] == "running" and progress.get("passes"):
+        lines.append("pass {} of {} of what is asked".format(*progress["passes"]))
     if progress["state"] == "running":
         left = f", about {seconds['eta_seconds']} left" if progress["eta_seconds"] is not None else ""
         lines.append(f"{seconds['seconds']} in this phase{left}")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -18,7 +19,7 @@ from megaprompt.run.context import RunContext
 from megaprompt.run.directory import RunDirectory
 from megaprompt.run.interruption import stop_signals
 from megaprompt.run.job import probe
-from megaprompt.run.progress import read_progress
+from megaprompt.run.progress import ProgressFile, describe_progress, read_progress
 from tests.conftest import write_facts
 
 
@@ -41,18 +42,47 @@ def test_checkpoints_of_late_waves_are_the_newest(tmp_path):
 
 
 def test_a_signal_during_the_last_relation_of_a_method_stops_the_run(options, monkeypatch):
-    score = in_context.chosen_demonstrations
+    scored = in_context.Scored
 
-    def interrupted(*args):
+    def interrupted(*args):  # behind its last pass
         os.kill(os.getpid(), signal.SIGUSR1)
-        return score(*args)
+        return scored(*args)
 
-    monkeypatch.setattr(in_context, "chosen_demonstrations", interrupted)
+    monkeypatch.setattr(in_context, "Scored", interrupted)
     with pytest.raises(Interrupted, match="before p-tuning"):
         probe(options(methods=("in-context", "p-tuning"), max_steps=2))
     monkeypatch.undo()
     results = probe(options(methods=("in-context", "p-tuning"), max_steps=2, resume=True))
     assert list(results["methods"]) == ["majority", "in-context", "p-tuning"]
+
+
+@pytest.mark.parametrize("method", ["manual", "in-context", "p-tuning"])
+def test_a_signal_while_a_relation_is_asked_stops_behind_the_pass(options, monkeypatch, method):
+    """Which may be one of very many; and each is told."""
+    asked = {"methods": (method,), "max_steps": 2, "relations": ("P30", "P36"), "row_tokens": 16, "pass_tokens": 16}
+    whole = probe(options(**asked))
+    told = []
+    passes = ProgressFile.passes
+
+    def second_pass(self, done, total):
+        passes(self, done, total)
+        told.append((done, total))
+        if len(told) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ProgressFile, "passes", second_pass)
+    broken = options(out=options().out.parent / "broken", **asked)
+    with pytest.raises(Interrupted, match="interrupted in P30; continue with --resume"):
+        probe(broken)
+    assert [done for done, _ in told] == [1, 2]
+    assert told[0][1] == told[1][1] > 2
+    found = read_progress(broken.out)
+    assert (found["state"], found["passes"]) == ("interrupted", list(told[1]))
+    assert f"pass 2 of {told[0][1]} of what is asked" in describe_progress({**found, "state": "running"})
+    monkeypatch.undo()
+    resumed = probe(replace(broken, resume=True))
+    assert resumed["methods"] == whole["methods"]
+    assert read_progress(broken.out)["state"] == "complete"
 
 
 def test_blocks_within_others_know_that_they_are_to_stop():
