@@ -226,29 +226,29 @@ def pack(queries: Sequence[Query], row_tokens: int | None) -> PackedBatch:
     rows = order.rows(numbers, width, limit) or [Row()]
 
     width, known = max(1, *(len(row.tokens) for row in rows)), max(row.known for row in rows)
-    tokens_of_rows, position_ids, visible_from, visible_until = [], [], [], []
+    position_ids, visible_from, visible_until = [], [], []
+    tokens: list[int] = []  # of all rows
     targets: dict[int, int] = {}
     targets_of: list[list[int]] = [[]] * len(queries)
     for r, row in enumerate(rows):
         padding = [0] * (width - len(row.tokens))
-        tokens_of_rows.append(row.tokens + padding)
+        tokens += row.tokens + padding
         position_ids.append(row.depths + padding)
         since, until = row.keys(known, width)
         visible_from.append(since)
         visible_until.append(until)
         for query, positions in row.ends:
             targets_of[query] = [targets.setdefault(r * width + position, len(targets)) for position in positions]
-    tokens = torch.tensor(tokens_of_rows)
-    pseudo_positions = (tokens.flatten() < 0).nonzero()[:, 0]
+    pseudo_positions = [i for i, token in enumerate(tokens) if token < 0]
     return PackedBatch(
         one_by_one=row_tokens is None,
         trunks=tuple(tuple(row.trunks) for row in rows),
-        token_ids=tokens.clamp(min=0),
+        token_ids=torch.tensor(tokens).clamp(min=0).view(len(rows), width),
         position_ids=torch.tensor(position_ids),
         visible_from=torch.tensor(visible_from),
         visible_until=torch.tensor(visible_until),
-        pseudo_positions=pseudo_positions,
-        pseudo_indices=-1 - tokens.flatten()[pseudo_positions],
+        pseudo_positions=torch.tensor(pseudo_positions, dtype=torch.int64),
+        pseudo_indices=torch.tensor([-1 - tokens[i] for i in pseudo_positions], dtype=torch.int64),
         targets=torch.tensor(list(targets), dtype=torch.int64),
         target_of_query=torch.tensor([target for each in targets_of for target in each], dtype=torch.int64),
     )
