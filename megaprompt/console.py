@@ -67,7 +67,8 @@ def progress(description: str, total: int, enabled: bool = True, unit: str = "fa
                 if rate:
                     said.append(f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each")
                     said.append(f"{(latest - done) / rate:.0f} s left")
-                said += [note] if note else []
+                if note:
+                    said.append(note)
                 print(f"{description}: {', '.join(said)}", file=sys.stderr, flush=True)
 
         yield update

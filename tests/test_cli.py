@@ -279,6 +279,7 @@ def test_interrupted_run_resumes_to_the_same_result(backbone_directory, data_dir
     assert "continue with --resume" in error
     assert not json.loads((broken / "results.json").read_text())["complete"]
     assert load_checkpoint(broken / "state", World()).step > 0
+    assert len(list((broken / "state").iterdir())) <= 2
 
     assert main(["probe", "--out", str(broken), "--resume"]) == 0
     results = [json.loads((run / "results.json").read_text()) for run in (whole, broken)]

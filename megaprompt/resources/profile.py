@@ -72,6 +72,7 @@ class Profile:
     tokens: int  # in the pass
     saved: tuple[int, ...]  # bytes kept for the backward pass when each module of the trace begins
     activations: int  # bytes at the peak, saved and temporary, without the parameters' gradients
+    with_gradients: int  # the same with those that have come by then, none from passes before
     flops: int  # forward and backward
     layer_class: str = ""  # of layers that are alike
     layers: tuple[int, ...] = ()  # to which of them each module of the trace belongs; -1 if to none
@@ -88,6 +89,7 @@ class _Allocations(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.peak = self.alive = 0
+        self.gradients = self.peak_with_gradients = 0  # of parameters; they are kept
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,6 +100,7 @@ class _Allocations(TorchDispatchMode):
                 self.alive += storage.nbytes()
                 weakref.finalize(storage, self._free, storage.nbytes())
         self.peak = max(self.peak, self.alive)
+        self.peak_with_gradients = max(self.peak_with_gradients, self.alive + self.gradients)
         return made
 
     def _free(self, size: int) -> None:
@@ -186,6 +189,10 @@ def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Pro
         trace.append(module)
         saved.append(allocations.alive)
 
+    def handed_on(parameter: Tensor) -> None:
+        allocations.gradients += parameter.nbytes
+        parameter.grad = None
+
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         try:
             inner = language_model(config).from_config(config, dtype=dtype)
@@ -200,7 +207,7 @@ def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Pro
         layer_of = {module: i for i, layer in enumerate(layers) for module in layer.modules()}
         for parameter in parameters:
             if trainable:  # ZeRO-3 hands gradients on as they come
-                parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+                parameter.register_post_accumulate_grad_hook(handed_on)
         inputs = batch.map(fake.from_tensor)
         prompts = None if trainable else torch.zeros(6 * work.relations, model.embedding_size, requires_grad=True)
         gold = torch.zeros(len(queries), dtype=torch.int64)
@@ -214,6 +221,7 @@ def profile(config: PreTrainedConfig, dtype: torch.dtype, work: Workload) -> Pro
         tokens=inputs.token_ids.numel(),
         saved=tuple(saved),
         activations=allocations.peak,
+        with_gradients=allocations.peak_with_gradients,
         flops=flops.get_total_flops(),
         layer_class=type(layers[0]).__name__ if layers else "",
         layers=tuple(layer_of.get(module, -1) for module in trace),

@@ -18,14 +18,14 @@ from megaprompt.distributed.loss_scale import NO_SCALING, LossScale
 from megaprompt.distributed.world import World
 from megaprompt.engine.learner import Learned, Prompt
 from megaprompt.engine.passes import AfterPass, Questions, Workplace, answers, go_on
-from megaprompt.engine.trainer import Hooks, Interrupted, Trainer
+from megaprompt.engine.trainer import Hooks, Trainer
 from megaprompt.methods.method import Scores, ScoreTask, ShouldStop
 from megaprompt.prompting.packing import PassSize
 from megaprompt.prompting.template import Template
 from megaprompt.run.averages import summarize
 from megaprompt.run.checkpoints import Parts
 from megaprompt.run.directory import RunDirectory
-from megaprompt.run.interruption import stop_signals
+from megaprompt.run.interruption import stop_if_asked, stop_signals
 from megaprompt.run.progress import ProgressFile
 from megaprompt.run.results_file import ResultsFile
 from megaprompt.run.saved_prompts import SavedPrompt, prompt_file
@@ -126,7 +126,7 @@ class RunContext:
         with stop_signals() as should_stop, shown as update, self.file.saved_at_the_end():
             for number, name in enumerate(todo, start=count - len(todo) + 1):
                 self.status.phase(f"{title} {name}")
-                _stop(self.world, should_stop, f"before {name}")
+                stop_if_asked(self.world, should_stop, f"before {name}")
                 with _telling_passes(self, name, None if own_progress else partial(update, number - 1), should_stop):
                     scored = score(self.tasks[name], should_stop)
                 for column, (row, found, way) in scored.items():
@@ -187,24 +187,19 @@ class RunContext:
             self.run.replace_template(name, task.name, template)
 
 
-def _stop(world: World, should_stop: ShouldStop, where: str) -> None:
-    if world.max_(torch.tensor(int(should_stop())), "schedule"):
-        raise Interrupted(f"interrupted {where}; continue with --resume")
-
-
 @contextmanager
 def _telling_passes(
     context: RunContext, name: str, tell: Callable[..., None] | None, should_stop: ShouldStop
 ) -> Iterator[None]:
     """Tell of each pass in which a task is asked, and stop behind it if a signal says so; or leave both to others."""
 
-    def after_pass(done: int, total: int) -> None:
-        if tell is not None:
-            tell(note=f"{name}: pass {done} of {total}")
-            context.status.passes(done, total)
-            _stop(context.world, should_stop, f"in {name}")
+    def told(done: int, total: int) -> None:
+        assert tell is not None
+        tell(note=f"{name}: pass {done} of {total}")
+        context.status.passes(done, total)
+        stop_if_asked(context.world, should_stop, f"in {name}")
 
-    before, context.after_pass = context.after_pass, after_pass
+    before, context.after_pass = context.after_pass, go_on if tell is None else told
     try:
         yield
     finally:

@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
+from megaprompt.distributed.world import World
+from megaprompt.engine.trainer import Interrupted
+
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -48,3 +53,13 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         _outer = None
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def stop_if_asked(world: World, should_stop: Callable[[], bool], where: str) -> None:
+    """Stop on all ranks if a signal said so on some; all must call it.
+
+    Raises:
+        Interrupted: it did.
+    """
+    if world.max_(torch.tensor(int(should_stop())), "schedule"):
+        raise Interrupted(f"interrupted {where}; continue with --resume")

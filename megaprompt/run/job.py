@@ -20,7 +20,6 @@ from megaprompt.distributed.deepspeed_config import DeepSpeedSettings, read_deep
 from megaprompt.distributed.launch import joined_world
 from megaprompt.distributed.world import World
 from megaprompt.distributed.zero3 import release
-from megaprompt.engine.trainer import Interrupted
 from megaprompt.errors import MegapromptError, UsageError
 from megaprompt.methods.method import Method
 from megaprompt.methods.untrained import check_lengths
@@ -31,7 +30,7 @@ from megaprompt.run.checkpoints import forget
 from megaprompt.run.context import RunContext
 from megaprompt.run.directory import SCHEMA, RunDirectory
 from megaprompt.run.fitting import on_nodes, settled
-from megaprompt.run.interruption import stop_signals
+from megaprompt.run.interruption import stop_if_asked, stop_signals
 from megaprompt.run.material import Facts, ReadMaterial, SuperGlue
 from megaprompt.run.origin import (
     check_same_examples,
@@ -163,8 +162,7 @@ def run_methods(context: RunContext, methods: Sequence[Method]) -> dict[str, Any
         for method in methods:
             if all(column in results["methods"] for column in method.columns):
                 continue
-            if context.world.max_(torch.tensor(int(should_stop())), "schedule"):
-                raise Interrupted(f"interrupted before {method.columns[0]}; continue with --resume")
+            stop_if_asked(context.world, should_stop, f"before {method.columns[0]}")
             method.run(context)
         if context.world.is_main:
             context.run.log_choices(results["methods"])

@@ -37,14 +37,8 @@ class ProgressFile:
     def __init__(self, run: Path, enabled: bool = True) -> None:
         self._path = run / "progress.json" if enabled else None
         self._state: dict[str, Any] = {"state": "running", "phase": "loading", "step": 0}
-        self._state |= {
-            "facts_done": 0,
-            "facts_total": None,
-            "passes": None,
-            "score": ["p_at_1", "P@1"],
-            "items": "facts",
-        }
-        self._state |= {"relations": {}}
+        self._state |= {"facts_done": 0, "facts_total": None, "passes": None}
+        self._state |= {"score": ["p_at_1", "P@1"], "items": "facts", "relations": {}}
         self._start = time.monotonic()
         self._written: float | None = None  # a run that could not start leaves no file
         self._first: int | None = None
@@ -133,9 +127,9 @@ def describe_progress(progress: Mapping[str, Any]) -> str:
         done = progress["facts_done"]
         items = progress.get("items", "facts")
         lines.append(f"{done} of at most {total} {items} ({100 * done / total:.0f} %)")
-    if progress["state"] == "running" and progress.get("passes"):
-        lines.append("pass {} of {} of what is asked".format(*progress["passes"]))
     if progress["state"] == "running":
+        if passes := progress.get("passes"):
+            lines.append(f"pass {passes[0]} of {passes[1]} of what is asked")
         left = f", about {seconds['eta_seconds']} left" if progress["eta_seconds"] is not None else ""
         lines.append(f"{seconds['seconds']} in this phase{left}")
     metric, heading = progress.get("score", ["p_at_1", "P@1"])

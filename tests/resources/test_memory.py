@@ -30,6 +30,7 @@ CHAIN = Profile(
     tokens=16,
     saved=(0, 1000, 2000),
     activations=3000,
+    with_gradients=3000,
     flops=10**9,
 )
 
@@ -56,6 +57,8 @@ def test_activations_and_operations_of_a_pass():
     frozen, trained = (profile(config, torch.float32, replace(work, method=m)) for m in ("p-tuning", "fine-tuning"))
     half = profile(config, torch.bfloat16, work)
     assert frozen.tokens == trained.tokens == 63
+    assert frozen.with_gradients == frozen.activations
+    assert trained.activations < trained.with_gradients < trained.activations + 4 * trained.parameters
     # Fine-tuning also keeps what goes into linear layers: at least the output of each norm, twice a block.
     assert max(trained.saved) - max(frozen.saved) >= 2 * 2 * 4 * 63 * 768
     assert max(half.saved) == pytest.approx(max(frozen.saved) / 2, rel=0.02)
